@@ -1,0 +1,35 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Bitwise reproducible results on CPU need a fixed number of threads.
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: setup demo test lint readme clean
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml setup.py
+	@echo "== creating $(VENV) and installing released packages (several minutes, about 6 GB) =="
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --progress-bar on --upgrade pip
+	$(BIN)/python -m pip install --progress-bar on --editable ".[test]"
+	touch $@
+
+demo: setup  ## SRPO on the tiny model, pictures and report under runs/
+	$(BIN)/srpo demo
+
+test: setup lint  ## the whole suite
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+readme: setup  ## measure the demo again and put its table and picture into the README
+	rm -rf runs/readme
+	$(BIN)/srpo demo --out runs/readme
+	$(BIN)/python docs/update.py runs/readme
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

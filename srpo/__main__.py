@@ -1,0 +1,5 @@
+import sys
+
+from srpo.cli import main
+
+sys.exit(main())

@@ -1,0 +1,182 @@
+"""The `srpo` command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from srpo.errors import InputError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done or stopped by a signal, 1 failed, 2 bad input."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes overrides only before or after all options; let them stand anywhere.
+    if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    elif rest:
+        options.overrides += rest
+    _quiet_libraries()
+    from srpo.checkpoint import SaveError
+    from srpo.trainer import NonFiniteError
+
+    try:
+        return options.run(options)
+    except InputError as error:
+        print(f"srpo: {error}", file=sys.stderr)
+        return 2
+    except (NonFiniteError, SaveError) as error:
+        print(f"srpo: stopped: {error}", file=sys.stderr)
+        return 1
+
+
+def _quiet_libraries() -> None:
+    """One line for a warning, and no bars or hints from the libraries that load models."""
+    warnings.formatwarning = lambda message, *_, **__: f"srpo: warning: {message}\n"
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):  # read when they are imported
+        os.environ.setdefault(name, "error")
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _train(options: argparse.Namespace) -> int:
+    from srpo.config import load_config
+    from srpo.report import training_report
+    from srpo.trainer import Trainer
+
+    overrides = options.overrides + ([f"model.path={options.model}"] if options.model else [])
+    config = load_config(options.recipe, overrides)
+    trainer = Trainer(config, resume=options.resume)
+    if trainer.start:
+        print(f"resuming {config.run.dir} after update {trainer.start}")
+    done = trainer.fit()
+    if trainer.ranks.is_main:
+        report = training_report(trainer.directory)
+        state = "finished" if done == config.srpo.updates else "stopped; go on with --resume"
+        print(f"{config.run.dir}: {done}/{config.srpo.updates} updates, {state}. Report: {report}")
+    return 0
+
+
+def _sample(options: argparse.Namespace) -> int:
+    from srpo.config import load_config
+    from srpo.data import read_prompts
+    from srpo.export import checkpoint_of, load_run
+    from srpo.samples import write_samples
+
+    source = Path(options.source)
+    checkpoint = None
+    if source.is_dir():
+        config = load_run(source)
+        checkpoint = None if options.step == 0 else checkpoint_of(source, config, options.step)
+    else:
+        overrides = options.overrides + ([f"model.path={options.model}"] if options.model else [])
+        config = load_config(options.source, overrides)
+    prompts = list(options.prompt) + (read_prompts(options.prompts) if options.prompts else [])
+    out = Path(options.out)
+    written = write_samples(
+        config, checkpoint, prompts, out, count=options.count, seed=options.seed, device=config.run.device
+    )
+    print(f"{written} images in {out}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from srpo.export import export_run
+
+    out = export_run(Path(options.run_directory), Path(options.out), step=options.step, dtype=options.dtype)
+    print(f"exported to {out}; load it with diffusers.FluxPipeline.from_pretrained({str(out)!r})")
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from srpo.demo import run_demo
+
+    return run_demo(Path(options.out), options.control)
+
+
+def _tiny_build(options: argparse.Namespace) -> int:
+    from srpo.tiny.build import Steps, build
+
+    try:
+        build(Path(options.out), seed=options.seed, steps=Steps().scaled(options.scale))
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return 0
+
+
+def _tiny_images(options: argparse.Namespace) -> int:
+    from srpo.files import new_directory
+    from srpo.tiny.digits import export_images
+
+    with new_directory(Path(options.out)) as temporary:
+        export_images(temporary, options.count, options.seed)
+    print(f"{options.count} captioned digits in {options.out}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="srpo", description="SRPO reward fine-tuning of FLUX.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    demo = commands.add_parser("demo", help="steer the tiny model both ways, on this machine, in minutes")
+    demo.add_argument("--control", default="stroke", help="what to steer: stroke (bold, thin) or colour (red, blue)")
+    demo.add_argument(
+        "--out", default="runs/demo", help="directory for pictures, runs and report (default %(default)s)"
+    )
+    demo.set_defaults(run=_demo)
+
+    train = commands.add_parser("train", help="fine-tune a model by a recipe")
+    train.add_argument("recipe", help="YAML file, or the name of a shipped recipe")
+    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
+    train.add_argument("--model", help="pipeline directory, instead of the recipe's model.path")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in run.dir")
+    train.set_defaults(run=_train)
+
+    sample = commands.add_parser("sample", help="write images from a base model or a run's checkpoint")
+    sample.add_argument("source", help="run directory, or a recipe for its base model")
+    sample.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
+    sample.add_argument("--model", help="pipeline directory, instead of the recipe's model.path")
+    sample.add_argument("--step", type=int, help="which checkpoint of the run (default the newest; 0: the base model)")
+    sample.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
+    sample.add_argument("--prompts", help="file with one prompt a line (default: the prompts of the recipe)")
+    sample.add_argument("--count", type=_positive, default=1, help="images for each prompt (default %(default)s)")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--out", required=True, help="new directory for the images")
+    sample.set_defaults(run=_sample)
+
+    export = commands.add_parser("export", help="write a checkpoint as a diffusers pipeline")
+    export.add_argument("run_directory", metavar="run", help="run directory")
+    export.add_argument("--out", required=True, help="new directory")
+    export.add_argument("--step", type=int, help="which checkpoint (default the newest)")
+    export.add_argument("--dtype", choices=("fp32", "bf16"), help="of the transformer (default: the run's precision)")
+    export.set_defaults(run=_export)
+
+    tiny = commands.add_parser("tiny", help="the tiny world's own files").add_subparsers(required=True, metavar="what")
+    build = tiny.add_parser("build", help="train the tiny pipeline and reward afresh, as shipped")
+    build.add_argument("--out", required=True, help="new directory")
+    build.add_argument("--seed", type=int, default=0)
+    build.add_argument("--scale", type=float, default=1.0, help="factor of all training lengths (default %(default)s)")
+    build.set_defaults(run=_tiny_build)
+    images = tiny.add_parser("images", help="write captioned real digits for offline training")
+    images.add_argument("--out", required=True, help="new directory")
+    images.add_argument("--count", type=_positive, default=200)
+    images.add_argument("--seed", type=int, default=0)
+    images.set_defaults(run=_tiny_images)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value

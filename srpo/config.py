@@ -1,0 +1,201 @@
+"""Recipes: YAML plus dotted overrides, checked against typed dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from srpo.data import control_group
+from srpo.errors import InputError
+from srpo.models import Precision
+from srpo.objective import SRPOConfig
+from srpo.rewards import RewardConfig
+
+__all__ = ["DataConfig", "ModelConfig", "RunConfig", "TrainConfig", "dump_config", "find_recipe", "load_config"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The pipeline to fine-tune. Paths may be "tiny" for the model shipped with this package."""
+
+    path: str
+    precision: Precision = "fp32"
+    max_sequence_length: int = 512  # T5 tokens
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where prompts and real images come from."""
+
+    mode: Literal["online", "offline", "mixed"] = "online"  # x0 from a rollout, from real images, or from either
+    prompts: str | None = None  # text file, one prompt a line (online, mixed)
+    images: str | None = None  # folder with metadata.jsonl (offline, mixed)
+    offline_fraction: float = 0.5  # mixed: chance that a batch holds real images
+    control_group: str | None = None  # named control words; replaces srpo.positive_controls and negative_controls
+
+    def __post_init__(self) -> None:
+        if self.mode != "offline" and self.prompts is None:
+            raise ValueError(f"data.prompts is needed in {self.mode} mode")
+        if self.mode != "online" and self.images is None:
+            raise ValueError(f"data.images is needed in {self.mode} mode")
+        if not 0 <= self.offline_fraction <= 1:
+            raise ValueError(f"data.offline_fraction must be in [0, 1], got {self.offline_fraction}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and how it is driven."""
+
+    dir: str
+    seed: int = 0
+    device: str = "auto"  # auto: a GPU when there is one
+    micro_batch: int = 1  # images per model call and branch, on each rank
+    draws_per_rollout: int = 1  # timestep draws that share one clean batch
+    save_every: int = 5  # updates between checkpoints
+    keep: int = 2  # checkpoints kept
+    sample_every: int = 5  # updates between sample grids; 0: none
+    sample_count: int = 8  # images in a grid
+    sample_steps: int = 25
+    tensorboard: bool = True  # also write TensorBoard events when it is installed
+
+    def __post_init__(self) -> None:
+        for name, least in dict(
+            micro_batch=1, draws_per_rollout=1, save_every=1, keep=2, sample_every=0, sample_count=1, sample_steps=1
+        ).items():
+            if getattr(self, name) < least:
+                raise ValueError(f"run.{name} must be at least {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole run. `srpo.preset` in a recipe names the preset that the other `srpo` keys change."""
+
+    model: ModelConfig
+    reward: RewardConfig
+    data: DataConfig
+    run: RunConfig
+    srpo: SRPOConfig = field(default_factory=SRPOConfig)
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given by path or, for shipped ones, by name. Raises `InputError`."""
+    shipped = Path(__file__).parent / "recipes"
+    for candidate in (Path(name), shipped / f"{name}.yaml"):
+        if candidate.is_file():
+            return candidate
+    known = ", ".join(sorted(file.stem for file in shipped.glob("*.yaml")))
+    raise InputError(f"recipe {name!r} is neither a file nor a shipped recipe ({known})")
+
+
+def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The recipe with ``section.key=value`` overrides (values are YAML), checked and with defaults filled in.
+
+    Raises `InputError` naming every unknown key (with the nearest valid one) and every value out of range.
+    """
+    path = find_recipe(str(recipe))
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"recipe {path} must hold sections, got {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    _check_keys(values)
+    values.setdefault("run", {}).setdefault("dir", f"runs/{path.stem}")
+    try:
+        return TypeAdapter(TrainConfig).validate_python(_with_presets(values))
+    except ValidationError as error:
+        found = [f"{'.'.join(map(str, e['loc']))}: {_message(e)}" for e in error.errors()]
+        raise InputError(f"recipe {path}: " + "; ".join(found)) from None
+
+
+def dump_config(config: TrainConfig) -> str:
+    """The resolved config as YAML; `load_config` reads it back."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def _with_presets(values: dict[str, Any]) -> dict[str, Any]:
+    """Replace the two keys that stand for several: `srpo.preset` and `data.control_group`."""
+    objective, data = dict(values.get("srpo", {})), values.get("data", {})
+    if "preset" in objective:
+        try:
+            preset = SRPOConfig.preset(objective.pop("preset"))
+        except ValueError as error:
+            raise InputError(f"srpo.{error}") from None
+        objective = {**dataclasses.asdict(preset), **objective}
+    if data.get("control_group") is not None:
+        objective["positive_controls"], objective["negative_controls"] = control_group(data["control_group"])
+    return {**values, "srpo": objective}
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    section, dot, name = key.partition(".")
+    if not (separator and dot and section and name):
+        raise InputError(f"override {override!r} must look like section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"override {override!r}: {error}") from None
+    target = values.setdefault(section, {})
+    if not isinstance(target, dict):
+        raise InputError(f"section {section!r} must hold keys, got {target!r}")
+    target[name] = value
+
+
+def _valid_keys() -> Iterator[str]:
+    for section, kind in typing.get_type_hints(TrainConfig).items():
+        yield from (f"{section}.{entry.name}" for entry in dataclasses.fields(kind))
+    yield "srpo.preset"
+
+
+def _check_keys(values: dict[str, Any]) -> None:
+    valid = list(_valid_keys())
+    sections = {key.partition(".")[0] for key in valid}
+    problems = []
+    for section, entries in values.items():
+        if section in sections and not isinstance(entries, dict):
+            raise InputError(f"section {section!r} must hold keys, got {entries!r}")
+        keys = [f"{section}.{name}" for name in entries] if section in sections else [section]
+        for key in keys:
+            if key not in valid:
+                # A bare key is compared with the last part of the valid ones: `learning_rate` finds its section.
+                names = {name.rpartition(".")[2]: name for name in valid} if "." not in key else {n: n for n in valid}
+                near = difflib.get_close_matches(key, names, 1, 0.5)
+                hint = f"did you mean {names[near[0]]!r}?" if near else f"sections are {', '.join(sorted(sections))}"
+                problems.append(f"unknown key {key!r}: {hint}")
+    if problems:
+        raise InputError("; ".join(problems))
+
+
+def _message(error: Any) -> str:
+    if error["type"] == "value_error":  # raised by a dataclass, whose message already holds the value
+        return str(error["ctx"]["error"])
+    return error["msg"] if error["type"] == "missing" else f"{error['msg']}, got {error['input']!r}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key given twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice.pop()!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)

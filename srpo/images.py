@@ -1,0 +1,37 @@
+"""Pictures on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from srpo.sampling import to_uint8
+
+__all__ = ["make_grid", "save_grid"]
+
+_SMALLEST = 96  # pixels a small image is enlarged to, so that it can be looked at
+_GAP = 4
+
+
+def make_grid(images: Tensor, columns: int | None = None) -> Image.Image:
+    """Images [N, 3, H, W] in [0, 1] in rows of `columns` (default: about square), small ones enlarged."""
+    pixels = to_uint8(images)
+    count, height, width, _ = pixels.shape
+    columns = columns or int(np.ceil(np.sqrt(count)))
+    scale = max(1, _SMALLEST // min(height, width))
+    cell = (height * scale + _GAP, width * scale + _GAP)
+    rows = -(-count // columns)
+    sheet = Image.new("RGB", (columns * cell[1] - _GAP, rows * cell[0] - _GAP), "#808080")
+    for index, array in enumerate(pixels):
+        tile = Image.fromarray(array).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
+        sheet.paste(tile, (index % columns * cell[1], index // columns * cell[0]))
+    return sheet
+
+
+def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
+    """Write `make_grid` as PNG, creating the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_grid(images, columns).save(path)

@@ -1,0 +1,208 @@
+"""A FLUX pipeline directory as the trainer uses it: checked, loaded, encoding, predicting, decoding, saved.
+
+The tiny model and FLUX.1-dev go through the same code; only the path differs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import FluxPipeline
+from torch import Tensor
+
+from srpo.errors import InputError
+from srpo.latents import image_ids, pack, unpack
+
+__all__ = ["Conditioning", "Flux", "Precision", "check_image_size", "check_model_directory"]
+
+Precision = Literal["fp32", "bf16"]
+
+_WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+_COMPONENTS = (*_WEIGHTS, "tokenizer", "tokenizer_2", "scheduler")
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts: T5 tokens `prompt_embeds` [B, L, D] and CLIP's pooled vector `pooled` [B, P]."""
+
+    prompt_embeds: Tensor
+    pooled: Tensor
+
+    def repeat(self, count: int) -> Conditioning:
+        """The batch `count` times over, branch-major."""
+        return Conditioning(self.prompt_embeds.repeat(count, 1, 1), self.pooled.repeat(count, 1))
+
+
+class Flux:
+    """A loaded FLUX pipeline. Latents are packed tokens [B, S, 4C] in fp32, images [B, 3, H, W] in [0, 1]."""
+
+    def __init__(self, pipeline: FluxPipeline, *, precision: Precision, max_sequence_length: int) -> None:
+        self.pipeline = pipeline
+        self.precision = precision
+        self.max_sequence_length = max_sequence_length
+        self.transformer = pipeline.transformer
+        self.vae = pipeline.vae
+        for frozen in (self.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+            frozen.requires_grad_(False).eval()
+        # One prompt at a time: an embedding must not depend on which prompts shared its batch,
+        # or a resumed run would differ in the last bit.
+        self._encode_prompt = lru_cache(maxsize=2048)(self._encode_prompt)  # type: ignore[method-assign]
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        precision: Precision = "fp32",
+        max_sequence_length: int = 512,
+        trainable: bool = False,
+    ) -> Flux:
+        """Load the diffusers directory `path`; nothing is downloaded.
+
+        bf16 stores and computes in bf16. A trainable transformer keeps fp32 weights under autocast, because
+        an update at SRPO's learning rate is smaller than bf16 can add.
+
+        Raises:
+            InputError: `path` is not a complete FLUX pipeline directory.
+        """
+        path = check_model_directory(path)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        dtypes = {"default": dtype, "transformer": torch.float32 if trainable else dtype}
+        pipeline = FluxPipeline.from_pretrained(path, torch_dtype=dtypes, local_files_only=True).to(device)
+        pipeline.set_progress_bar_config(disable=True)
+        flux = cls(pipeline, precision=precision, max_sequence_length=max_sequence_length)
+        flux.transformer.requires_grad_(trainable)
+        return flux
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.device
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """The VAE latent's (h, w) for an image of height x width pixels."""
+        factor = self.pipeline.vae_scale_factor
+        return height // factor, width // factor
+
+    def noise(self, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+        """Standard normal packed latents for `count` images, [count, S, 4C]."""
+        h, w = self.latent_size(height, width)
+        shape = (count, self.vae.config.latent_channels, h, w)
+        return pack(torch.randn(shape, generator=generator)).to(self.device)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Text embeddings of `prompts`, cached by prompt."""
+        encoded = [self._encode_prompt(prompt) for prompt in prompts]
+        embeds, pooled = zip(*encoded, strict=True)
+        return Conditioning(torch.cat(embeds), torch.cat(pooled))
+
+    @torch.no_grad()
+    def _encode_prompt(self, prompt: str) -> tuple[Tensor, Tensor]:
+        embeds, pooled, _ = self.pipeline.encode_prompt(
+            prompt, device=self.device, max_sequence_length=self.max_sequence_length
+        )
+        return embeds, pooled
+
+    def velocity(
+        self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: float, size: tuple[int, int]
+    ) -> Tensor:
+        """The model's velocity at x_t [B, S, 4C] and noise levels sigma [B], for an image of `size` (height, width)."""
+        batch = x_t.shape[0]
+        text = conditioning.prompt_embeds
+        levels = torch.full((batch,), guidance, device=x_t.device) if self.transformer.config.guidance_embeds else None
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            predicted = self.transformer(
+                hidden_states=x_t.to(self.transformer.dtype),
+                timestep=sigma.to(x_t.dtype),
+                guidance=levels,
+                pooled_projections=conditioning.pooled.to(self.transformer.dtype),
+                encoder_hidden_states=text.to(self.transformer.dtype),
+                txt_ids=torch.zeros(text.shape[1], 3, device=x_t.device),
+                img_ids=image_ids(*self.latent_size(*size)).to(x_t.device),
+                return_dict=False,
+            )[0]
+        return predicted.to(x_t.dtype)
+
+    def decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] from packed latents; differentiable."""
+        config = self.vae.config
+        tokens = unpack(latents, *self.latent_size(*size)) / config.scaling_factor + config.shift_factor
+        decoded = self.vae.decode(tokens.to(self.vae.dtype), return_dict=False)[0]
+        return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Packed latents [B, S, 4C] (the posterior's mean) of images [B, 3, H, W] in [0, 1]."""
+        config = self.vae.config
+        pixels = (images * 2 - 1).to(self.device, self.vae.dtype)
+        latents = self.vae.encode(pixels, return_dict=False)[0].mode().float()
+        return pack((latents - config.shift_factor) * config.scaling_factor)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute transformer blocks and decoder blocks in backward instead of keeping their activations."""
+        self.transformer.enable_gradient_checkpointing()
+        self.vae.enable_gradient_checkpointing()
+
+
+def check_image_size(height: int, width: int, *, multiple: int) -> None:
+    """Raise `InputError` unless both sides are positive multiples of `multiple` (2 x the VAE's downsampling)."""
+    for name, value in (("height", height), ("width", width)):
+        if value < multiple or value % multiple:
+            raise InputError(f"{name} must be a positive multiple of {multiple} for this model, got {value}")
+
+
+def check_model_directory(path: str | Path, size: tuple[int, int] | None = None) -> Path:
+    """Check, without loading weights, that `path` is a complete FLUX pipeline directory and can make `size` images.
+
+    Raises `InputError` naming what is missing or does not fit.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(f"model directory {path} does not exist")
+    index = _read_json(path / "model_index.json", path)
+    if index.get("_class_name") != "FluxPipeline":
+        raise InputError(f"model directory {path} holds a {index.get('_class_name')}, expected a FluxPipeline")
+    for component in _COMPONENTS:
+        if not (path / component).is_dir():
+            raise InputError(f"model directory {path} is incomplete: {component}/ is missing")
+    for component in _WEIGHTS:
+        _check_weights(path / component, path)
+    transformer = _read_json(path / "transformer/config.json", path)
+    vae = _read_json(path / "vae/config.json", path)
+    if transformer["in_channels"] != 4 * vae["latent_channels"]:
+        raise InputError(
+            f"model directory {path}: the transformer takes {transformer['in_channels']} channels, but the VAE's "
+            f"{vae['latent_channels']} latent channels pack into {4 * vae['latent_channels']}"
+        )
+    if size is not None:
+        check_image_size(*size, multiple=2 ** len(vae["block_out_channels"]))
+    return path
+
+
+def _read_json(file: Path, root: Path) -> dict:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"model directory {root} is incomplete: {file.relative_to(root)} is missing") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"model directory {root}: {file.relative_to(root)} is not valid JSON ({error})") from None
+
+
+def _check_weights(component: Path, root: Path) -> None:
+    """Every weight file of a component, single or sharded, is there and not empty."""
+    _read_json(component / "config.json", root)
+    indexes = list(component.glob("*.safetensors.index.json"))
+    if indexes:
+        names = sorted(set(_read_json(indexes[0], root)["weight_map"].values()))
+    else:
+        names = [file.name for file in component.glob("*.safetensors")]
+    missing = [name for name in names if not (component / name).is_file() or not (component / name).stat().st_size]
+    if missing or not names:
+        what = f"{component.name}/{missing[0]}" if missing else f"{component.name}/*.safetensors"
+        raise InputError(f"model directory {root} is incomplete: {what} is missing or empty")

@@ -1,0 +1,175 @@
+"""Rewards that are a cosine between an image and a text embedding: CLIP, PickScore, HPSv2.1."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as vision
+
+from srpo.errors import InputError
+from srpo_kernels import RELATIVE_FORMS, relative_reward
+
+__all__ = ["CLIPReward", "CosineReward", "OpenCLIPReward"]
+
+
+class CosineReward(ABC):
+    """``scale * cos(image, text)``, with the relative forms of `srpo_kernels.relative_reward`.
+
+    Args:
+        form: "official", "difference" or "cfg".
+        scale: factor of the cosine.
+        autocast: embed images in bf16 instead of fp32.
+    """
+
+    def __init__(self, *, form: str = "official", scale: float = 1.0, autocast: bool = False) -> None:
+        self.form, self.scale, self.autocast = form, scale, autocast
+        self._embed_prompt = lru_cache(maxsize=4096)(self._embed_prompt)  # type: ignore[method-assign]
+
+    image_size: int
+    image_mean: Sequence[float]
+    image_std: Sequence[float]
+
+    @abstractmethod
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        """Embeddings [N, D] of preprocessed images [N, 3, S, S]."""
+
+    @abstractmethod
+    def _text_features(self, prompt: str) -> Tensor:
+        """Embedding [1, D] of one prompt."""
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] in [0, 1] to the tower's input: antialiased bicubic resize, centre crop, normalise."""
+        size = [self.image_size]
+        resized = vision.resize(images, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+        cropped = vision.center_crop(resized, size * 2)
+        return vision.normalize(cropped, list(self.image_mean), list(self.image_std))
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Image embeddings [N, D], fp32, not normalised; differentiable."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
+            return self._image_features(self.preprocess(images)).float()
+
+    def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Text embeddings [N, D] at unit norm, cached by prompt."""
+        return torch.cat([self._embed_prompt(prompt) for prompt in prompts])
+
+    @torch.no_grad()
+    def _embed_prompt(self, prompt: str) -> Tensor:
+        # Alone, so that the embedding never depends on the other prompts of a batch.
+        return normalize(self._text_features(prompt).float(), dim=-1)
+
+    def relative(self, images: Tensor, positive: list[str], negative: list[str], kappa: Tensor) -> Tensor:
+        """Relative scores [N] of images [N, 3, H, W] in [0, 1]; differentiable in the images."""
+        texts = self.embed_prompts(positive), self.embed_prompts(negative)
+        return relative_reward(self.embed_images(images), *texts, kappa, scale=self.scale, form=self.form)
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """``scale * cos`` [N] of each image with its prompt; differentiable in the images."""
+        return self.scale * (normalize(self.embed_images(images), dim=-1) * self.embed_prompts(prompts)).sum(-1)
+
+    def limit(self, kappa: float) -> float:
+        """The largest relative score any image can reach."""
+        positive, negative = RELATIVE_FORMS[self.form](kappa)
+        return abs(self.scale) * (abs(positive) + abs(negative))
+
+
+class CLIPReward(CosineReward):
+    """A transformers `CLIPModel` directory: CLIP, PickScore, the tiny reward.
+
+    Args:
+        path: directory with the model. processor: directory with tokenizer and image processor, if not `path`.
+        logit_scale: multiply the cosine by the model's exp(logit_scale).
+        divisor: divide it by this.
+
+    Raises `InputError` when files are missing.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        processor: str | Path | None = None,
+        device: str | torch.device = "cpu",
+        logit_scale: bool = False,
+        divisor: float = 1.0,
+        form: str = "official",
+        autocast: bool = False,
+    ) -> None:
+        from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+        path, processor = Path(path), Path(processor or path)
+        for file in (path / "config.json", processor / "preprocessor_config.json", processor / "tokenizer_config.json"):
+            if not file.is_file():
+                raise InputError(f"reward directory {path} is incomplete: {file} is missing")
+        try:
+            self.model = CLIPModel.from_pretrained(path, local_files_only=True, dtype=torch.float32)
+        except OSError as error:
+            raise InputError(f"reward directory {path} cannot be loaded: {error}") from None
+        self.model.requires_grad_(False).eval().to(device)
+        self.tokenizer = CLIPTokenizer.from_pretrained(processor, local_files_only=True)
+        images = CLIPImageProcessor.from_pretrained(processor, local_files_only=True)
+        self.image_size = images.size["shortest_edge"]
+        self.image_mean, self.image_std = images.image_mean, images.image_std
+        scale = self.model.logit_scale.exp().item() if logit_scale else 1.0
+        super().__init__(form=form, scale=scale / divisor, autocast=autocast)
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        return self.model.get_image_features(pixel_values=pixels).pooler_output
+
+    def _text_features(self, prompt: str) -> Tensor:
+        tokens = self.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt")
+        return self.model.get_text_features(**tokens.to(self.model.device)).pooler_output
+
+
+class OpenCLIPReward(CosineReward):
+    """An open_clip checkpoint file, such as HPSv2.1 (``HPS_v2.1_compressed.pt``, ViT-H-14).
+
+    Args:
+        path: checkpoint file, loaded strictly and without unpickling code. architecture: open_clip model name.
+        logit_scale, divisor: as for `CLIPReward`.
+
+    Raises `InputError` when the file is missing or does not fit the architecture.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        architecture: str = "ViT-H-14",
+        device: str | torch.device = "cpu",
+        logit_scale: bool = False,
+        divisor: float = 1.0,
+        form: str = "official",
+        autocast: bool = False,
+    ) -> None:
+        import open_clip
+
+        if not Path(path).is_file():
+            raise InputError(f"reward checkpoint {path} does not exist")
+        if architecture not in open_clip.list_models():
+            raise InputError(f"reward architecture {architecture!r} is not an open_clip model name")
+        try:
+            self.model = open_clip.create_model(architecture, pretrained=str(path), device=device)
+        except RuntimeError as error:
+            raise InputError(f"reward checkpoint {path} does not fit {architecture}: {error}") from None
+        self.model.requires_grad_(False).eval()
+        self.tokenizer = open_clip.get_tokenizer(architecture)
+        size = self.model.visual.image_size
+        self.image_size = size if isinstance(size, int) else size[0]
+        self.image_mean, self.image_std = self.model.visual.image_mean, self.model.visual.image_std
+        self.device = device
+        scale = self.model.logit_scale.exp().item() if logit_scale else 1.0
+        super().__init__(form=form, scale=scale / divisor, autocast=autocast)
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        return self.model.encode_image(pixels)
+
+    def _text_features(self, prompt: str) -> Tensor:
+        return self.model.encode_text(self.tokenizer([prompt]).to(self.device))

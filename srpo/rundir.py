@@ -1,0 +1,68 @@
+"""A run directory belongs to one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from srpo.checkpoint import Checkpoints
+from srpo.config import TrainConfig, dump_config
+from srpo.errors import InputError
+
+__all__ = ["CONFIG_NAME", "updates_done", "write_config"]
+
+CONFIG_NAME = "config.yaml"
+
+#: Keys that may change when a run is resumed: they do not change what an update computes.
+_FREE = {"srpo.updates", "run.dir", "run.device", "run.tensorboard", "run.save_every", "run.keep"} | {
+    f"run.sample_{name}" for name in ("every", "count", "steps")
+}
+
+
+def updates_done(directory: Path, config: TrainConfig, checkpoints: Checkpoints, *, resume: bool) -> int:
+    """Updates that the run in `directory` has checkpointed: 0 for a new directory. Writes nothing.
+
+    Raises:
+        InputError: the directory holds another run, there is nothing to resume, or what is there was made with
+            another config.
+    """
+    file = directory / CONFIG_NAME
+    held = directory.is_dir() and any(directory.iterdir())
+    if held and not file.is_file():
+        raise InputError(f"run directory {directory} is not empty and holds no run; choose another run.dir")
+    if held and not resume:
+        raise InputError(f"run directory {directory} already holds a run; give --resume, or choose another run.dir")
+    if resume and not held:
+        raise InputError(f"run directory {directory} holds no run to resume")
+    if not resume:
+        return 0
+    _check_same(file.read_text(encoding="utf-8"), config, f"the run in {directory}")
+    step = checkpoints.latest() or 0
+    if step:
+        _check_same(checkpoints.config(step), config, f"checkpoint {checkpoints.path(step)}")
+    if step > config.srpo.updates:
+        raise InputError(f"run directory {directory} is at update {step}, beyond srpo.updates={config.srpo.updates}")
+    return step
+
+
+def write_config(directory: Path, config: TrainConfig) -> None:
+    """Make `directory` this run's, by leaving the resolved config in it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / f".{CONFIG_NAME}.tmp"
+    temporary.write_text(dump_config(config), encoding="utf-8")
+    temporary.replace(directory / CONFIG_NAME)
+
+
+def _check_same(old: str, config: TrainConfig, what: str) -> None:
+    before, after = _flat(yaml.safe_load(old)), _flat(yaml.safe_load(dump_config(config)))
+    changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    changed = [key for key in changed if key not in _FREE]
+    if changed:
+        listed = "; ".join(f"{key} was {before.get(key)!r}, is {after.get(key)!r}" for key in changed)
+        raise InputError(f"{what} was made with another config: {listed}")
+
+
+def _flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, entries in sections.items() for key, value in entries.items()}

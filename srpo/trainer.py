@@ -1,0 +1,321 @@
+"""The training loop: clean batches, SRPO gradients, optimizer steps, checkpoints that resume bitwise."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from srpo.assets import resolve_asset
+from srpo.checkpoint import Checkpoints, load_optimizer_tensors, optimizer_tensors
+from srpo.config import TrainConfig, dump_config
+from srpo.data import CaptionedImage, load_image, order, read_images, read_prompts
+from srpo.distributed import Ranks
+from srpo.errors import InputError
+from srpo.images import save_grid
+from srpo.models import Flux, check_model_directory
+from srpo.objective import Branch, SRPOOutput, branches, draw_timestep, srpo_loss
+from srpo.randomness import generator
+from srpo.rewards import CosineReward, load_reward
+from srpo.rundir import updates_done, write_config
+from srpo.runlog import RunLog
+from srpo.sampling import rollout, sample_images
+from srpo.signals import Stop, StopRequestedError
+
+__all__ = ["NonFiniteError", "Trainer"]
+
+
+class NonFiniteError(RuntimeError):
+    """A score or gradient is NaN or infinite; the weights have not been touched by it."""
+
+
+@dataclass
+class _Update:
+    """What one rank collects during an update."""
+
+    outputs: list[tuple[SRPOOutput, tuple[Branch, ...], list[str]]] = field(default_factory=list)
+    timesteps: list[int] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Trainer:
+    """One SRPO run in its run directory.
+
+    Everything the user gave is checked before weights are loaded, and weights before the run directory is touched.
+
+    Args:
+        config: the resolved recipe. resume: go on from the newest checkpoint of ``config.run.dir``.
+
+    Raises:
+        InputError: something in the recipe, or what it points to, cannot be used.
+    """
+
+    def __init__(self, config: TrainConfig, *, resume: bool = False) -> None:
+        self.config = config
+        objective, run = config.srpo, config.run
+        self.ranks = Ranks.join(run.device)
+        self.size = (objective.height, objective.width)
+        self.clean_batches = _clean_batches(config, self.ranks.world)
+        model = check_model_directory(resolve_asset(config.model.path, "pipeline"), self.size)
+        self.prompts = read_prompts(resolve_asset(config.data.prompts, "prompts.txt")) if config.data.prompts else []
+        self.images: list[CaptionedImage] = read_images(config.data.images) if config.data.images else []
+        self.directory = Path(run.dir)
+        self.checkpoints = Checkpoints(self.directory / "checkpoints", run.keep)
+        self.start = updates_done(self.directory, config, self.checkpoints, resume=resume)
+
+        autocast = config.model.precision == "bf16"
+        self.reward = load_reward(config.reward, objective, device=self.ranks.device, autocast=autocast)
+        _check_threshold(config, self.reward)
+        self.flux = Flux.load(
+            model,
+            device=self.ranks.device,
+            precision=config.model.precision,
+            max_sequence_length=config.model.max_sequence_length,
+            trainable=True,
+        )
+        if config.model.gradient_checkpointing:
+            self.flux.enable_gradient_checkpointing()
+        named = dict(self.flux.transformer.named_parameters())
+        self.names, self.parameters = list(named), list(named.values())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=objective.learning_rate,
+            betas=objective.betas,
+            eps=objective.eps,
+            weight_decay=objective.weight_decay,
+        )
+        if self.start:
+            weights, state = self.checkpoints.load(self.start)
+            self.flux.transformer.load_state_dict(weights)
+            load_optimizer_tensors(self.optimizer, self.names, state)
+        if self.ranks.is_main:
+            write_config(self.directory, config)
+        self.ranks.barrier()
+
+    def fit(self, on_update: Callable[[int], None] | None = None) -> int:
+        """Train to the last update and return the number of updates done.
+
+        SIGINT or SIGTERM saves a checkpoint and returns early. `on_update` is called after each update with its
+        1-based number.
+
+        Raises:
+            NonFiniteError: a score or gradient is not finite. SaveError: a checkpoint could not be written.
+        """
+        run, total = self.config.run, self.config.srpo.updates
+        step, saved = self.start, self.start
+        log = (
+            RunLog(self.directory, start=step, total=total, tensorboard=run.tensorboard) if self.ranks.is_main else None
+        )
+        try:
+            with Stop() as stop:
+                if log is not None:
+                    log.event("start", step=step, updates=total)
+                if step == 0:
+                    self._sample(0)
+                while step < total and not self.ranks.any(stop.signal is not None):
+                    try:
+                        # Ranks must stop together, so only a lone one may stop within an update.
+                        record = self._update(step, stop.check if self.ranks.world == 1 else lambda: None)
+                    except StopRequestedError:
+                        break
+                    step += 1
+                    if log is not None:
+                        log.update(step, record)
+                    if step % run.save_every == 0 or step == total:
+                        saved = self._save(step)
+                    if run.sample_every and (step % run.sample_every == 0 or step == total):
+                        self._sample(step)
+                    if on_update is not None:
+                        on_update(step)
+                if saved != step:
+                    self._save(step)
+                if log is not None:
+                    log.event("stop" if stop.signal else "end", step=step, signal=stop.signal)
+        finally:
+            if log is not None:
+                log.close()
+        return step
+
+    # --- one update -------------------------------------------------------------------------
+
+    def _update(self, step: int, check: Callable[[], None]) -> dict:
+        """Gradients of the whole batch, then one optimizer step; returns the log record."""
+        draws = self.config.run.draws_per_rollout
+        collected = _Update()
+        self.optimizer.zero_grad(set_to_none=True)
+        for index in range(self.clean_batches):
+            with self._timed(collected, "rollout"):
+                x0, noise, captions = self._clean_batch(step, index, check)
+            for draw in range(draws):
+                check()
+                with self._timed(collected, "gradient"):
+                    output = self._gradient(step, f"{index}/{draw}", x0, noise, captions, collected)
+                    (output.loss / (self.clean_batches * draws)).backward()
+        with self._timed(collected, "optimizer"):
+            problem = _first_non_finite(collected)
+            if self.ranks.any(problem is not None):
+                raise NonFiniteError(f"update {step + 1}: {problem or 'a score of another rank is not finite'}")
+            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+            self.ranks.average(gradients)
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.srpo.max_grad_norm)
+            if not norm.isfinite():
+                prompts = ", ".join(sorted({caption for _, _, captions in collected.outputs for caption in captions}))
+                raise NonFiniteError(f"update {step + 1}: the gradient norm is {norm.item()} (prompts: {prompts})")
+            self.optimizer.step()
+        return self._record(step, collected, norm)
+
+    def _clean_batch(self, step: int, index: int, check: Callable[[], None]) -> tuple[Tensor, Tensor, list[str]]:
+        """Clean latents, their noise and captions: from a rollout of that noise, or from real images."""
+        objective, run, data = self.config.srpo, self.config.run, self.config.data
+        rank, count = self.ranks.rank, run.micro_batch
+        first = ((step * self.ranks.world + rank) * self.clean_batches + index) * count
+        positions = range(first, first + count)
+        if objective.noise == "shared":
+            noise = self.flux.noise(1, *self.size, generator(run.seed, step, 0, "noise"))
+        else:
+            noise = self.flux.noise(count, *self.size, generator(run.seed, step, rank, f"noise/{index}"))
+
+        coin = torch.rand((), generator=generator(run.seed, step, rank, f"mode/{index}"))
+        if data.mode == "offline" or (data.mode == "mixed" and coin < data.offline_fraction):
+            chosen = [self.images[item] for item in order(len(self.images), positions, run.seed)]
+            pixels = torch.stack([load_image(image.path, self.size) for image in chosen])
+            return self.flux.encode_images(pixels), noise, [image.caption for image in chosen]
+        captions = [self.prompts[item] for item in order(len(self.prompts), positions, run.seed)]
+        x0 = rollout(
+            self.flux,
+            noise.expand(count, -1, -1),
+            captions,
+            size=self.size,
+            steps=objective.rollout_steps,
+            shift=objective.shift,
+            guidance=objective.rollout_guidance,
+            on_step=check,
+        )
+        return x0, noise, captions
+
+    def _gradient(
+        self, step: int, draw: str, x0: Tensor, noise: Tensor, captions: list[str], collected: _Update
+    ) -> SRPOOutput:
+        """The loss of one timestep draw, ready for backward."""
+        objective, run, rank = self.config.srpo, self.config.run, self.ranks.rank
+        timestep = draw_timestep(objective, generator(run.seed, step, rank, f"timestep/{draw}"))
+        pair = branches(objective, timestep)
+        conditioning = self.flux.encode_prompts(captions).repeat(len(pair))
+        twin = None
+        if objective.form == "image_only":
+            shape = (len(pair) * len(captions), 3, *self.size)
+            twin = torch.randn(shape, generator=generator(run.seed, step, rank, f"twin/{draw}")).to(x0.device)
+            twin *= objective.twin_noise
+        output = srpo_loss(
+            x0,
+            noise,
+            captions,
+            controls=objective.controls(step),
+            branches=pair,
+            velocity=partial(
+                self.flux.velocity, conditioning=conditioning, guidance=objective.guidance, size=self.size
+            ),
+            decode=partial(self.flux.decode, size=self.size),
+            reward=self.reward,
+            threshold=objective.threshold,
+            twin_noise=twin,
+        )
+        collected.outputs.append((output, pair, captions))
+        collected.timesteps.append(timestep)
+        return output
+
+    def _record(self, step: int, collected: _Update, norm: Tensor) -> dict:
+        """What the log keeps of an update: means over all ranks."""
+        losses = torch.stack([output.branch_losses for output, _, _ in collected.outputs]).mean(0)
+        names = [branch.name for branch in collected.outputs[0][1]]
+        scores = torch.stack(
+            [output.scores.reshape(len(names), -1).mean(1) for output, _, _ in collected.outputs]
+        ).mean(0)
+        self.ranks.average([losses, scores])
+        positive, negative = self.config.srpo.controls(step)
+        return {
+            "losses": {"total": losses.sum().item(), **dict(zip(names, losses.tolist(), strict=True))},
+            "scores": dict(zip(names, scores.tolist(), strict=True)),
+            "grad_norm": norm.item(),
+            "timesteps": collected.timesteps,
+            "controls": [positive, negative],
+            "seconds": {name: round(value, 4) for name, value in collected.seconds.items()},
+        }
+
+    @contextmanager
+    def _timed(self, collected: _Update, phase: str) -> Iterator[None]:
+        """Add the time of the block, with the device's work done, to `phase`."""
+        start = time.perf_counter()
+        yield
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize(self.ranks.device)
+        collected.seconds[phase] = collected.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    # --- outputs ----------------------------------------------------------------------------
+
+    def _save(self, step: int) -> int:
+        if self.ranks.is_main:
+            weights = {name: tensor.contiguous() for name, tensor in self.flux.transformer.state_dict().items()}
+            state = optimizer_tensors(self.optimizer, self.names)
+            self.checkpoints.save(step, weights, state, dump_config(self.config))
+        self.ranks.barrier()
+        return step
+
+    def _sample(self, step: int) -> None:
+        """A grid of fixed prompts and fixed noise, so that grids of different steps compare."""
+        run, objective = self.config.run, self.config.srpo
+        if not (self.ranks.is_main and run.sample_every):
+            return
+        prompts = self.prompts or list(dict.fromkeys(image.caption for image in self.images))
+        prompts = [prompts[index % len(prompts)] for index in range(run.sample_count)]
+        noise = self.flux.noise(len(prompts), *self.size, generator(run.seed, 0, 0, "sample"))
+        images = sample_images(
+            self.flux,
+            noise,
+            prompts,
+            batch=run.micro_batch,
+            size=self.size,
+            steps=run.sample_steps,
+            shift=objective.shift,
+            guidance=objective.guidance,
+        )
+        save_grid(images, self.directory / f"samples/step-{step:06d}.png")
+
+
+def _clean_batches(config: TrainConfig, world: int) -> int:
+    """Clean batches that each rank needs for one update."""
+    run = config.run
+    share = world * run.micro_batch * run.draws_per_rollout
+    if config.srpo.batch_size % share:
+        raise InputError(
+            f"srpo.batch_size ({config.srpo.batch_size}) must be a multiple of ranks x run.micro_batch x "
+            f"run.draws_per_rollout = {world} x {run.micro_batch} x {run.draws_per_rollout} = {share}"
+        )
+    return config.srpo.batch_size // share
+
+
+def _check_threshold(config: TrainConfig, reward: CosineReward) -> None:
+    """A threshold outside the reward's range would make the loss always zero, or never anything but -score."""
+    objective = config.srpo
+    limit = max(reward.limit(kappa) for kappa in (*objective.discount_denoise, *objective.discount_inversion))
+    if objective.threshold is not None and abs(objective.threshold) >= limit:
+        raise InputError(
+            f"srpo.threshold {objective.threshold} has no meaning for this reward, whose relative scores lie within "
+            f"+-{limit:.4g}; choose one inside, or null for a loss of -score"
+        )
+
+
+def _first_non_finite(collected: _Update) -> str | None:
+    """Branch and prompt of the first score that is NaN or infinite."""
+    for output, pair, captions in collected.outputs:
+        bad = (~output.scores.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            branch, row = divmod(bad[0], len(captions))
+            return f"the {pair[branch].name} branch scored {output.scores[bad[0]].item()} for prompt {captions[row]!r}"
+    return None
