@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import warnings
@@ -101,7 +102,9 @@ def _export(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from srpo.demo import run_demo
 
-    return run_demo(Path(options.out), options.control)
+    free = (Path(f"runs/demo-{number}") for number in itertools.count(1))
+    out = Path(options.out) if options.out else next(path for path in free if not path.exists())
+    return run_demo(out, options.control)
 
 
 def _tiny_build(options: argparse.Namespace) -> int:
@@ -130,9 +133,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="steer the tiny model both ways, on this machine, in minutes")
     demo.add_argument("--control", default="stroke", help="what to steer: stroke (bold, thin) or colour (red, blue)")
-    demo.add_argument(
-        "--out", default="runs/demo", help="directory for pictures, runs and report (default %(default)s)"
-    )
+    demo.add_argument("--out", help="new directory for pictures, runs and report (default runs/demo-N)")
     demo.set_defaults(run=_demo)
 
     train = commands.add_parser("train", help="fine-tune a model by a recipe")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from srpo.sampling import to_uint8
 
-__all__ = ["make_grid", "save_grid"]
+__all__ = ["make_grid", "panels", "save_grid"]
 
 _SMALLEST = 96  # pixels a small image is enlarged to, so that it can be looked at
 _GAP = 4
@@ -35,3 +36,17 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
     """Write `make_grid` as PNG, creating the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     make_grid(images, columns).save(path)
+
+
+def panels(titled: Sequence[tuple[str, Tensor]], columns: int) -> Image.Image:
+    """Grids side by side, each under its title."""
+    grids = [make_grid(images, columns) for _, images in titled]
+    bar, gap = 40, 24
+    width = sum(grid.width for grid in grids) + gap * (len(grids) - 1)
+    sheet = Image.new("RGB", (width, bar + max(grid.height for grid in grids)), "white")
+    draw, left = ImageDraw.Draw(sheet), 0
+    for (title, _), grid in zip(titled, grids, strict=True):
+        draw.text((left + grid.width / 2, bar / 2), title, fill="black", font=ImageFont.load_default(24), anchor="mm")
+        sheet.paste(grid, (left, bar))
+        left += grid.width + gap
+    return sheet

@@ -12,7 +12,7 @@ from PIL import Image
 
 from srpo.runlog import read_log
 
-__all__ = ["curves", "picture", "section", "table", "training_report", "write_page"]
+__all__ = ["curves", "picture", "section", "table", "training_curves", "training_report", "write_page"]
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2024 }

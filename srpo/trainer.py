@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from srpo.distributed import Ranks
 from srpo.errors import InputError
 from srpo.images import save_grid
 from srpo.models import Flux, check_model_directory
-from srpo.objective import Branch, SRPOOutput, branches, draw_timestep, srpo_loss
+from srpo.objective import branches, draw_timestep, srpo_loss
 from srpo.randomness import generator
 from srpo.rewards import CosineReward, load_reward
 from srpo.rundir import updates_done, write_config
@@ -35,13 +35,25 @@ class NonFiniteError(RuntimeError):
     """A score or gradient is NaN or infinite; the weights have not been touched by it."""
 
 
-@dataclass
-class _Update:
-    """What one rank collects during an update."""
+@dataclass(frozen=True)
+class _Draw:
+    """One timestep draw on one clean batch. Keeps no graph once its loss has gone backward."""
 
-    outputs: list[tuple[SRPOOutput, tuple[Branch, ...], list[str]]] = field(default_factory=list)
-    timesteps: list[int] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
+    loss: Tensor
+    branch_losses: Tensor  # [K]
+    scores: Tensor  # [K, B]
+    branches: tuple[str, ...]
+    captions: list[str]
+    timestep: int
+
+    def non_finite(self) -> str | None:
+        """Branch and prompt of the first score that is NaN or infinite."""
+        bad = (~self.scores.isfinite()).nonzero().tolist()
+        if not bad:
+            return None
+        branch, row = bad[0]
+        score = self.scores[branch, row].item()
+        return f"the {self.branches[branch]} branch scored {score} for prompt {self.captions[row]!r}"
 
 
 class Trainer:
@@ -146,29 +158,30 @@ class Trainer:
 
     def _update(self, step: int, check: Callable[[], None]) -> dict:
         """Gradients of the whole batch, then one optimizer step; returns the log record."""
-        draws = self.config.run.draws_per_rollout
-        collected = _Update()
+        count = self.config.run.draws_per_rollout
+        draws: list[_Draw] = []
+        seconds: dict[str, float] = {}
         self.optimizer.zero_grad(set_to_none=True)
         for index in range(self.clean_batches):
-            with self._timed(collected, "rollout"):
+            with self._timed(seconds, "rollout"):
                 x0, noise, captions = self._clean_batch(step, index, check)
-            for draw in range(draws):
+            for number in range(count):
                 check()
-                with self._timed(collected, "gradient"):
-                    output = self._gradient(step, f"{index}/{draw}", x0, noise, captions, collected)
-                    (output.loss / (self.clean_batches * draws)).backward()
-        with self._timed(collected, "optimizer"):
-            problem = _first_non_finite(collected)
+                with self._timed(seconds, "gradient"):
+                    draw = self._draw(step, f"{index}/{number}", x0, noise, captions)
+                    (draw.loss / (self.clean_batches * count)).backward()
+                draws.append(replace(draw, loss=draw.loss.detach()))
+        with self._timed(seconds, "optimizer"):
+            problem = next(filter(None, (draw.non_finite() for draw in draws)), None)
             if self.ranks.any(problem is not None):
                 raise NonFiniteError(f"update {step + 1}: {problem or 'a score of another rank is not finite'}")
-            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-            self.ranks.average(gradients)
+            self.ranks.average(parameter.grad for parameter in self.parameters if parameter.grad is not None)
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.srpo.max_grad_norm)
             if not norm.isfinite():
-                prompts = ", ".join(sorted({caption for _, _, captions in collected.outputs for caption in captions}))
+                prompts = ", ".join(sorted({caption for draw in draws for caption in draw.captions}))
                 raise NonFiniteError(f"update {step + 1}: the gradient norm is {norm.item()} (prompts: {prompts})")
             self.optimizer.step()
-        return self._record(step, collected, norm)
+        return self._record(step, draws, norm, seconds)
 
     def _clean_batch(self, step: int, index: int, check: Callable[[], None]) -> tuple[Tensor, Tensor, list[str]]:
         """Clean latents, their noise and captions: from a rollout of that noise, or from real images."""
@@ -199,18 +212,16 @@ class Trainer:
         )
         return x0, noise, captions
 
-    def _gradient(
-        self, step: int, draw: str, x0: Tensor, noise: Tensor, captions: list[str], collected: _Update
-    ) -> SRPOOutput:
+    def _draw(self, step: int, name: str, x0: Tensor, noise: Tensor, captions: list[str]) -> _Draw:
         """The loss of one timestep draw, ready for backward."""
         objective, run, rank = self.config.srpo, self.config.run, self.ranks.rank
-        timestep = draw_timestep(objective, generator(run.seed, step, rank, f"timestep/{draw}"))
+        timestep = draw_timestep(objective, generator(run.seed, step, rank, f"timestep/{name}"))
         pair = branches(objective, timestep)
         conditioning = self.flux.encode_prompts(captions).repeat(len(pair))
         twin = None
         if objective.form == "image_only":
             shape = (len(pair) * len(captions), 3, *self.size)
-            twin = torch.randn(shape, generator=generator(run.seed, step, rank, f"twin/{draw}")).to(x0.device)
+            twin = torch.randn(shape, generator=generator(run.seed, step, rank, f"twin/{name}")).to(x0.device)
             twin *= objective.twin_noise
         output = srpo_loss(
             x0,
@@ -226,36 +237,33 @@ class Trainer:
             threshold=objective.threshold,
             twin_noise=twin,
         )
-        collected.outputs.append((output, pair, captions))
-        collected.timesteps.append(timestep)
-        return output
+        names = tuple(branch.name for branch in pair)
+        scores = output.scores.reshape(len(pair), len(captions))
+        return _Draw(output.loss, output.branch_losses, scores, names, captions, timestep)
 
-    def _record(self, step: int, collected: _Update, norm: Tensor) -> dict:
-        """What the log keeps of an update: means over all ranks."""
-        losses = torch.stack([output.branch_losses for output, _, _ in collected.outputs]).mean(0)
-        names = [branch.name for branch in collected.outputs[0][1]]
-        scores = torch.stack(
-            [output.scores.reshape(len(names), -1).mean(1) for output, _, _ in collected.outputs]
-        ).mean(0)
+    def _record(self, step: int, draws: list[_Draw], norm: Tensor, seconds: dict[str, float]) -> dict:
+        """What the log keeps of an update: means over all draws and ranks."""
+        names = draws[0].branches
+        losses = torch.stack([draw.branch_losses for draw in draws]).mean(0)
+        scores = torch.stack([draw.scores.mean(1) for draw in draws]).mean(0)
         self.ranks.average([losses, scores])
-        positive, negative = self.config.srpo.controls(step)
         return {
             "losses": {"total": losses.sum().item(), **dict(zip(names, losses.tolist(), strict=True))},
             "scores": dict(zip(names, scores.tolist(), strict=True)),
             "grad_norm": norm.item(),
-            "timesteps": collected.timesteps,
-            "controls": [positive, negative],
-            "seconds": {name: round(value, 4) for name, value in collected.seconds.items()},
+            "timesteps": [draw.timestep for draw in draws],
+            "controls": list(self.config.srpo.controls(step)),
+            "seconds": {name: round(value, 4) for name, value in seconds.items()},
         }
 
     @contextmanager
-    def _timed(self, collected: _Update, phase: str) -> Iterator[None]:
+    def _timed(self, seconds: dict[str, float], phase: str) -> Iterator[None]:
         """Add the time of the block, with the device's work done, to `phase`."""
         start = time.perf_counter()
         yield
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize(self.ranks.device)
-        collected.seconds[phase] = collected.seconds.get(phase, 0.0) + time.perf_counter() - start
+        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
 
     # --- outputs ----------------------------------------------------------------------------
 
@@ -309,13 +317,3 @@ def _check_threshold(config: TrainConfig, reward: CosineReward) -> None:
             f"srpo.threshold {objective.threshold} has no meaning for this reward, whose relative scores lie within "
             f"+-{limit:.4g}; choose one inside, or null for a loss of -score"
         )
-
-
-def _first_non_finite(collected: _Update) -> str | None:
-    """Branch and prompt of the first score that is NaN or infinite."""
-    for output, pair, captions in collected.outputs:
-        bad = (~output.scores.isfinite()).nonzero().flatten().tolist()
-        if bad:
-            branch, row = divmod(bad[0], len(captions))
-            return f"the {pair[branch].name} branch scored {output.scores[bad[0]].item()} for prompt {captions[row]!r}"
-    return None

@@ -33,7 +33,8 @@ def inject_noise(x0: Tensor, noise: Tensor | NoisePrior, sigma: float | Tensor) 
     batch = x0.shape[0]
     rows, branches = branch_sigma("inject_noise", "sigma", sigma, batch)
     if rows.numel() != branches * batch:
-        raise ValueError(f"inject_noise: sigma must be a float, [{batch}] or [{batch}, K], got {list(sigma.shape)}")
+        got = f"[{rows.numel() // branches}, {branches}]" if branches > 1 else f"[{rows.numel()}]"
+        raise ValueError(f"inject_noise: sigma must be a float, [{batch}] or [{batch}, K], got {got}")
     noise = resolve_noise("inject_noise", noise, x0, batch)
     accumulate = torch.promote_types(x0.dtype, torch.float32)
     level = per_row(rows, x0, accumulate).unflatten(0, (branches, batch))

@@ -1,0 +1,49 @@
+"""Small runs of the tiny recipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from srpo.config import TrainConfig, load_config
+
+#: A run of about a second: two images an update through two rollout steps.
+QUICK = (
+    "srpo.batch_size=4",
+    "run.micro_batch=2",
+    "srpo.rollout_steps=2",
+    "run.sample_every=0",
+    "run.tensorboard=false",
+)
+
+
+def quick_overrides(directory: Path, *overrides: str) -> list[str]:
+    return [*QUICK, f"run.dir={json.dumps(str(directory))}", *overrides]
+
+
+def quick_config(directory: Path, *overrides: str) -> TrainConfig:
+    """The tiny recipe, made quick, in run directory `directory`."""
+    return load_config("tiny", quick_overrides(directory, *overrides))
+
+
+def command(*arguments: str | Path) -> list[str]:
+    """The `srpo` command line as another process would run it."""
+    return [sys.executable, "-m", "srpo", *map(str, arguments)]
+
+
+def environment(**values: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "2", **values}
+
+
+def srpo(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run `srpo` in a process of its own."""
+    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment(), timeout=300)
+
+
+def state_of(directory: Path, step: int) -> tuple[bytes, bytes]:
+    """Model and optimizer bytes of a checkpoint."""
+    path = directory / f"checkpoints/step-{step:06d}"
+    return (path / "transformer.safetensors").read_bytes(), (path / "optimizer.safetensors").read_bytes()

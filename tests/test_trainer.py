@@ -1,0 +1,282 @@
+"""The training loop: exact resumption, modes, faults, frozen parts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import quick_config, state_of
+
+import srpo.trainer
+from srpo.checkpoint import Checkpoints, SaveError
+from srpo.distributed import Ranks
+from srpo.errors import InputError
+from srpo.models import Flux
+from srpo.runlog import read_log
+from srpo.tiny.digits import export_images
+from srpo.trainer import NonFiniteError, Trainer
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    export_images(folder, 12, 0)
+    return folder
+
+
+def modes(images: Path) -> dict[str, list[str]]:
+    source = f"data.images={json.dumps(str(images))}"
+    return {
+        "online": [],
+        "online-reuse": ["run.draws_per_rollout=2"],
+        "online-shared": ["srpo.noise=shared"],
+        "offline": ["data.mode=offline", source],
+        "mixed": ["data.mode=mixed", source],
+        "image-only": ["srpo.form=image_only"],
+    }
+
+
+@pytest.mark.parametrize("mode", ["online", "online-reuse", "online-shared", "offline", "mixed", "image-only"])
+def test_resumed_run_is_bitwise_the_uninterrupted_one(mode: str, images: Path, tmp_path: Path) -> None:
+    changes = modes(images)[mode]
+    Trainer(quick_config(tmp_path / "whole", "srpo.updates=3", *changes)).fit()
+    Trainer(quick_config(tmp_path / "parts", "srpo.updates=1", *changes)).fit()
+    resumed = Trainer(quick_config(tmp_path / "parts", "srpo.updates=3", *changes), resume=True)
+    assert resumed.start == 1
+    resumed.fit()
+    assert state_of(tmp_path / "whole", 3) == state_of(tmp_path / "parts", 3)
+    without_times = [
+        [{key: value for key, value in record.items() if key != "seconds"} for record in read_log(tmp_path / run)]
+        for run in ("whole", "parts")
+    ]
+    assert without_times[0] == without_times[1]
+
+
+def test_seed_changes_the_run(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        Trainer(quick_config(tmp_path / str(seed), "srpo.updates=1", f"run.seed={seed}")).fit()
+    assert state_of(tmp_path / "0", 1) != state_of(tmp_path / "1", 1)
+
+
+@pytest.mark.parametrize("form", ["difference", "cfg"])
+def test_relative_forms_train(form: str, tmp_path: Path) -> None:
+    Trainer(quick_config(tmp_path / "official", "srpo.updates=1")).fit()
+    Trainer(quick_config(tmp_path / form, "srpo.updates=1", f"srpo.form={form}")).fit()
+    assert read_log(tmp_path / form)[0]["scores"] != read_log(tmp_path / "official")[0]["scores"]
+
+
+def test_offline_mode_never_rolls_out(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("rollout called")
+
+    monkeypatch.setattr(srpo.trainer, "rollout", forbidden)
+    trainer = Trainer(quick_config(tmp_path, "srpo.updates=1", *modes(images)["offline"]))
+    x0, noise, captions = trainer._clean_batch(0, 0, lambda: None)
+    assert x0.shape == noise.shape == (2, 16, 16)
+    assert all(caption.startswith("digit ") for caption in captions)
+    trainer.fit()
+
+
+def test_reuse_halves_the_rollouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = srpo.trainer.rollout
+    monkeypatch.setattr(srpo.trainer, "rollout", lambda *a, **k: calls.append(1) or original(*a, **k))
+    Trainer(quick_config(tmp_path / "a", "srpo.updates=1")).fit()
+    Trainer(quick_config(tmp_path / "b", "srpo.updates=1", "run.draws_per_rollout=2")).fit()
+    assert len(calls) == 2 + 1
+    assert len(read_log(tmp_path / "b")[0]["timesteps"]) == 2
+
+
+def test_noise_is_shared_or_independent(tmp_path: Path) -> None:
+    def noises(kind: str) -> list[torch.Tensor]:
+        trainer = Trainer(quick_config(tmp_path / kind, f"srpo.noise={kind}"))
+        drawn = []
+        for rank in (0, 1):
+            trainer.ranks = Ranks(rank, 1, torch.device("cpu"))
+            drawn += [trainer._clean_batch(0, index, lambda: None)[1] for index in (0, 1)]
+        return drawn
+
+    shared, independent = noises("shared"), noises("independent")
+    assert all(torch.equal(noise, shared[0]) for noise in shared)
+    assert shared[0].shape[0] == 1
+    rows = torch.cat(independent).flatten(1)
+    assert len(rows.unique(dim=0)) == len(rows) == 8
+
+
+def test_prompts_of_ranks_and_steps_do_not_repeat_within_an_epoch(tmp_path: Path) -> None:
+    trainer = Trainer(quick_config(tmp_path, "srpo.batch_size=2", "run.micro_batch=1"))
+    seen = []
+    for step in range(5):
+        for rank in (0, 1):
+            trainer.ranks = Ranks(rank, 2, torch.device("cpu"))
+            trainer.clean_batches = 1
+            seen += trainer._clean_batch(step, 0, lambda: None)[2]
+    assert len(set(seen)) == len(seen) == 10  # all ten prompts of the tiny world, once
+
+
+def test_only_the_transformer_learns(tmp_path: Path) -> None:
+    trainer = Trainer(quick_config(tmp_path, "srpo.updates=1"))
+    frozen = [trainer.flux.vae, trainer.flux.pipeline.text_encoder, trainer.flux.pipeline.text_encoder_2]
+    frozen.append(trainer.reward.model)
+    before = [parameter.clone() for module in frozen for parameter in module.parameters()]
+    trainer.fit()
+    after = [parameter for module in frozen for parameter in module.parameters()]
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    assert all(parameter.grad is None for parameter in after)
+    assert all(parameter.grad is not None for parameter in trainer.parameters)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    for name, flag in (("off", "false"), ("on", "true")):
+        Trainer(quick_config(tmp_path / name, "srpo.updates=1", f"model.gradient_checkpointing={flag}")).fit()
+    assert state_of(tmp_path / "off", 1) == state_of(tmp_path / "on", 1)
+
+
+def test_gradient_is_the_mean_over_draws_and_clipped(tmp_path: Path) -> None:
+    trainer = Trainer(quick_config(tmp_path, "srpo.updates=1", "srpo.max_grad_norm=1e-3"))
+    gradients = [torch.zeros_like(parameter) for parameter in trainer.parameters]
+    for index in range(2):
+        batch = trainer._clean_batch(0, index, lambda: None)
+        trainer._draw(0, f"{index}/0", *batch).loss.backward()
+    for total, parameter in zip(gradients, trainer.parameters, strict=True):
+        total += parameter.grad / 2
+    trainer._update(0, lambda: None)
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    assert norm > 1e-3
+    for total, parameter in zip(gradients, trainer.parameters, strict=True):
+        torch.testing.assert_close(parameter.grad, total * (1e-3 / norm), rtol=1e-4, atol=1e-9)
+
+
+def test_controls_cycle_with_the_step(tmp_path: Path) -> None:
+    words = ["data.control_group=null", "srpo.positive_controls=[bold, wide]", "srpo.negative_controls=[thin]"]
+    Trainer(quick_config(tmp_path, "srpo.updates=3", *words)).fit()
+    assert [record["controls"] for record in read_log(tmp_path)] == [
+        ["bold", "thin"],
+        ["wide", "thin"],
+        ["bold", "thin"],
+    ]
+
+
+# --- faults -----------------------------------------------------------------------------------
+
+
+class _Poisoned:
+    """A reward that goes bad for one prompt from the second update on."""
+
+    def __init__(self, reward: object, poison: float) -> None:
+        self.reward, self.poison, self.calls = reward, poison, 0
+
+    def relative(self, images: torch.Tensor, positive: list[str], *rest: object) -> torch.Tensor:
+        self.calls += 1
+        scores = self.reward.relative(images, positive, *rest)
+        factor = torch.ones_like(scores)
+        if self.calls > 2:
+            factor[-1] = self.poison
+        return scores * factor
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_non_finite_score_names_step_branch_and_prompt(poison: float, tmp_path: Path) -> None:
+    trainer = Trainer(quick_config(tmp_path, "srpo.updates=3", "run.save_every=1"))
+    trainer.reward = _Poisoned(trainer.reward, poison)
+    with pytest.raises(
+        NonFiniteError, match=r"update 2: the inversion branch scored -?(nan|inf) for prompt 'digit \w+'"
+    ):
+        trainer.fit()
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
+    assert checkpoints.latest() == 1
+    saved, _ = checkpoints.load(1)
+    for name, parameter in trainer.flux.transformer.state_dict().items():
+        assert torch.equal(saved[name], parameter)
+
+
+def test_non_finite_gradient_does_not_reach_the_weights(tmp_path: Path) -> None:
+    trainer = Trainer(quick_config(tmp_path, "srpo.updates=2"))
+    before = [parameter.clone() for parameter in trainer.parameters]
+    trainer.parameters[3].register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(NonFiniteError, match=r"update 1: the gradient norm is nan \(prompts: digit"):
+        trainer.fit()
+    assert all(torch.equal(old, new) for old, new in zip(before, trainer.parameters, strict=True))
+
+
+def test_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(quick_config(tmp_path, "srpo.updates=3", "run.save_every=1"))
+    usage = namedtuple("usage", "total used free")
+
+    def fill(step: int) -> None:
+        if step == 1:
+            monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
+
+    with pytest.raises(SaveError, match=r"checkpoint of step 2 could not be saved .*disk full.*step 1 is untouched"):
+        trainer.fit(fill)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
+    assert checkpoints.latest() == 1
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+
+
+# --- refused before any work ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["srpo.threshold=5"], r"srpo.threshold 5.0 has no meaning for this reward, .* within \+-2.3"),
+        (["srpo.threshold=-9"], "srpo.threshold -9.0 has no meaning"),
+        (["srpo.batch_size=5"], r"srpo.batch_size \(5\) must be a multiple of .* = 2"),
+        (["srpo.height=36"], "height must be a positive multiple of 8 for this model, got 36"),
+        (["model.path=nowhere"], "model directory nowhere does not exist"),
+        (["reward.path=nowhere"], "reward directory nowhere is incomplete"),
+        (["data.prompts=nowhere.txt"], "prompt file nowhere.txt cannot be read"),
+        (["data.mode=offline", "data.images=nowhere"], "image folder nowhere does not exist"),
+    ],
+)
+def test_bad_input_leaves_no_run_directory(overrides: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        Trainer(quick_config(tmp_path / "run", *overrides))
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_directory_belongs_to_one_run(tmp_path: Path) -> None:
+    make = partial(quick_config, tmp_path / "run", "srpo.updates=1")
+    with pytest.raises(InputError, match="holds no run to resume"):
+        Trainer(make(), resume=True)
+    Trainer(make()).fit()
+    with pytest.raises(InputError, match="already holds a run; give --resume"):
+        Trainer(make())
+    with pytest.raises(InputError, match=r"another config: srpo.learning_rate was 5e-05, is 0.1"):
+        Trainer(make("srpo.learning_rate=0.1"), resume=True)
+    state = tmp_path / "run/checkpoints/step-000001/state.json"
+    forged = json.loads(state.read_text())
+    forged["config"] = forged["config"].replace("seed: 0", "seed: 7")
+    state.write_text(json.dumps(forged))
+    with pytest.warns(UserWarning, match="is damaged"):  # the hash no longer fits: not used at all
+        assert Trainer(make("srpo.updates=2"), resume=True).start == 0
+
+
+def test_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 7)):
+        Trainer(quick_config(tmp_path / name, "srpo.updates=1", f"run.seed={seed}")).fit()
+    shutil.rmtree(tmp_path / "a/checkpoints")
+    shutil.copytree(tmp_path / "b/checkpoints", tmp_path / "a/checkpoints")
+    with pytest.raises(
+        InputError, match=r"checkpoint .*step-000001 was made with another config: run.seed was 7, is 0"
+    ):
+        Trainer(quick_config(tmp_path / "a", "srpo.updates=2"), resume=True)
+
+
+def test_foreign_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/thesis.txt").write_text("do not touch")
+    with pytest.raises(InputError, match="is not empty and holds no run"):
+        Trainer(quick_config(tmp_path / "run"))
+
+
+def test_trainable_bf16_keeps_fp32_weights(flux_shaped: Path) -> None:
+    flux = Flux.load(flux_shaped, precision="bf16", trainable=True)
+    assert flux.transformer.dtype == torch.float32
+    assert flux.vae.dtype == torch.bfloat16
