@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _quiet_libraries() -> None:
     """One line for a warning, and no bars or hints from the libraries that load models."""
     warnings.formatwarning = lambda message, *_, **__: f"srpo: warning: {message}\n"
+    warnings.simplefilter("ignore", FutureWarning)  # diffusers 0.42 renames `torch_dtype`, which 0.36 needs
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):  # read when they are imported
         os.environ.setdefault(name, "error")
     import diffusers.utils.logging
