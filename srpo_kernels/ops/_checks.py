@@ -5,45 +5,55 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from srpo_kernels.ops.noise_prior import NoisePrior
+from srpo_kernels.ops._register import DTYPES
 
 
 def check_floating(op: str, **tensors: Tensor) -> None:
-    """Raise `TypeError` unless every argument is a floating tensor, `ValueError` unless all share one device."""
+    """Raise `TypeError` unless every argument is a tensor of `DTYPES`, `ValueError` unless all share one device."""
     (first, reference), *_ = tensors.items()
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
             got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{op}: {name} must be a floating point tensor, got {got}")
+            raise TypeError(f"{op}: {name} must be a float32, float16 or bfloat16 tensor, got {got}")
         if tensor.device != reference.device:
             raise ValueError(f"{op}: {first} is on {reference.device} but {name} is on {tensor.device}")
 
 
-def branch_sigma(op: str, name: str, sigma: float | Tensor, rows: int) -> tuple[Tensor, int]:
-    """Noise levels one per row, branch-major, and the number of branches K.
+def branch_sigma(op: str, name: str, sigma: float | Tensor, like: Tensor) -> Tensor:
+    """Noise levels as [B, K] on the device of `like` [B, ...], in the dtype it is computed in.
 
-    `sigma` is a float (repeated for `rows` rows), [B] or [B, K].
+    `sigma` is a float, [B] or [B, K].
     """
+    batch, dtype = like.shape[0], torch.promote_types(like.dtype, torch.float32)
     if not isinstance(sigma, Tensor):
         if not 0.0 <= sigma <= 1.0:  # false for NaN too
             raise ValueError(f"{op}: {name} must lie in [0, 1], got {sigma}")
-        return torch.full((rows,), float(sigma), dtype=torch.float64), 1
-    if sigma.ndim not in (1, 2):
-        raise ValueError(f"{op}: {name} must be a float, [B] or [B, K], got shape {list(sigma.shape)}")
-    return (sigma, 1) if sigma.ndim == 1 else (sigma.T.reshape(-1), sigma.shape[1])
+        return torch.full((batch, 1), float(sigma), dtype=dtype, device=like.device)
+    if sigma.ndim not in (1, 2) or sigma.shape[0] != batch:
+        raise ValueError(f"{op}: {name} must be a float, [{batch}] or [{batch}, K], got {list(sigma.shape)}")
+    levels = sigma.detach().to(like.device, dtype)
+    return (levels if sigma.ndim == 2 else levels[:, None]).contiguous()
 
 
-def resolve_noise(op: str, noise: Tensor | NoisePrior, like: Tensor, batch: int) -> Tensor:
-    """Noise [B, ...] or [1, ...] for `batch` images shaped as rows of `like`, drawn if it is a `NoisePrior`."""
-    shape = (batch, *like.shape[1:])
-    if isinstance(noise, NoisePrior):
-        return noise.sample(shape, device=like.device)
-    check_floating(op, noise=noise, like=like)
+def row_sigma(op: str, name: str, sigma: float | Tensor, like: Tensor) -> tuple[Tensor, int]:
+    """Noise levels one per row of `like` [K*B, ...] (branch-major), as [K*B], and the number of branches K.
+
+    `sigma` is a float, [K*B] (K counts as 1), or [B, K].
+    """
+    rows, dtype = like.shape[0], torch.promote_types(like.dtype, torch.float32)
+    if not isinstance(sigma, Tensor):
+        return branch_sigma(op, name, sigma, like).flatten(), 1
+    if sigma.ndim not in (1, 2) or sigma.numel() != rows:
+        wanted = f"a float, [{rows}] or [B, K] with B*K = {rows}"
+        raise ValueError(f"{op}: {name} must be {wanted}, got {list(sigma.shape)}")
+    levels = sigma.detach().to(like.device, dtype)
+    return (levels.contiguous(), 1) if sigma.ndim == 1 else (levels.T.reshape(-1), sigma.shape[1])
+
+
+def resolve_noise(op: str, noise: Tensor, name: str, like: Tensor, batch: int) -> Tensor:
+    """`noise`, checked to be [B, ...] or [1, ...] for `batch` images shaped as the rows of `like`."""
+    check_floating(op, **{name: like}, noise=noise)
     if noise.shape[1:] != like.shape[1:] or noise.shape[0] not in (1, batch):
-        raise ValueError(f"{op}: noise must have shape {list(shape)} (or 1 image), got {list(noise.shape)}")
+        shape = [batch, *like.shape[1:]]
+        raise ValueError(f"{op}: noise must have shape {shape} (or 1 image), got {list(noise.shape)}")
     return noise
-
-
-def per_row(values: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """`values` [N] in `dtype` on `like`'s device, shaped to broadcast over the rows of `like` [N, ...]."""
-    return values.to(device=like.device, dtype=dtype).reshape(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,96 @@
+"""inject_noise: kernels (interpreted or real) and reference against float64, and the operator contract."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+import srpo_kernels as sk
+from srpo_kernels.ops.inject_noise import _branch_sum, _forward, _forward_prior, inject_noise_reference
+from srpo_kernels.testing import check_against_reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def tensors(batch: int, count: int, branches: int, dtype: torch.dtype, device: str, *, shared: bool = False) -> dict:
+    generator = torch.Generator().manual_seed(count)
+    made = {
+        "x0": torch.randn(batch, count, generator=generator).to(dtype),
+        "noise": torch.randn(1 if shared else batch, count, generator=generator).to(dtype),
+        "sigma": torch.rand(batch, branches, generator=generator),
+    }
+    return {name: tensor.to(device) for name, tensor in made.items()}
+
+
+def composed(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """The formula, through the reference, in the public shape."""
+    return inject_noise_reference(x0, noise, sigma).flatten(0, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("batch", "count", "branches"), [(2, 256, 2), (3, 129, 1), (1, 1, 3), (2, 3071, 2)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_within_budget(batch: int, count: int, branches: int, dtype: torch.dtype, shared: bool, device: str) -> None:
+    inputs = tensors(batch, count, branches, dtype, device, shared=shared)
+    check_against_reference(sk.inject_noise, composed, inputs, differentiable=("x0", "noise"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shared", [False, True])
+def test_prior_is_the_stored_noise(dtype: torch.dtype, shared: bool, device: str) -> None:
+    inputs = tensors(3, 1027, 2, dtype, device)
+    prior = sk.NoisePrior(7, 2**40 + 5, shared)
+    noise = prior.sample((3, 1027), device=device)
+    del inputs["noise"]
+    check_against_reference(
+        partial(sk.inject_noise, noise=prior), partial(composed, noise=noise), inputs, differentiable=("x0",)
+    )
+
+
+def test_prior_does_not_depend_on_the_batch_or_the_blocks(device: str) -> None:
+    whole = sk.inject_noise(torch.zeros(3, 5000, device=device), sk.NoisePrior(1), 1.0)
+    part = sk.inject_noise(torch.zeros(2, 37, device=device), sk.NoisePrior(1), 1.0)
+    assert torch.equal(whole[:2, :37], part)
+
+
+def test_awkward_layouts(device: str) -> None:
+    base = torch.randn(4, 6, 8, device=device, dtype=torch.bfloat16)
+    sigma = torch.rand(4, 2, device=device)
+    for x0 in (base.transpose(1, 2), base[:, ::2], base[:, :1].expand(4, 6, 8), base[:0], base[:, :0]):
+        noise = torch.randn_like(x0.contiguous())
+        expected = sk.inject_noise(x0.contiguous(), noise, sigma[: x0.shape[0]])
+        assert torch.equal(sk.inject_noise(x0, noise, sigma[: x0.shape[0]]), expected)
+    x0 = torch.randn(2, 3, device=device, requires_grad=True)
+    sk.inject_noise(x0, torch.randn_like(x0), 0.25).sum().backward()  # an expanded gradient
+    torch.testing.assert_close(x0.grad, torch.full_like(x0, 0.75))
+
+
+def test_backward_is_deterministic(device: str) -> None:
+    inputs = tensors(2, 5000, 3, torch.bfloat16, device)
+    run = partial(check_against_reference, sk.inject_noise, composed, inputs, differentiable=("x0", "noise"))
+    assert all(torch.equal(a, b) for a, b in zip(run().values(), run().values(), strict=True))
+
+
+def test_opcheck(device: str) -> None:
+    x0, noise, sigma = tensors(2, 33, 2, torch.float32, device).values()
+    torch.library.opcheck(_forward, (x0, noise, sigma))
+    torch.library.opcheck(_forward_prior, (x0, sigma, 3, 4, False))
+    torch.library.opcheck(_branch_sum, (torch.randn(2, 2, 33, device=device), sigma))
+
+
+def test_compiles_without_graph_breaks(device: str) -> None:
+    inputs = tensors(2, 64, 2, torch.float32, device)
+    compiled = torch.compile(sk.inject_noise, fullgraph=True, backend="aot_eager")
+    prior = partial(torch.compile(sk.inject_noise, fullgraph=True, backend="aot_eager"), noise=sk.NoisePrior(3))
+    check_against_reference(compiled, composed, inputs, differentiable=("x0", "noise"))
+    stored = sk.NoisePrior(3).sample((2, 64), device=device)
+    del inputs["noise"]
+    check_against_reference(prior, partial(composed, noise=stored), inputs, differentiable=("x0",))
+
+
+def test_gradcheck(device: str) -> None:
+    x0, noise, sigma = (t.double() for t in tensors(2, 5, 2, torch.float32, device).values())
+    assert torch.autograd.gradcheck(lambda a, b: sk.inject_noise(a, b, sigma), (x0.requires_grad_(), noise.requires_grad_()))
