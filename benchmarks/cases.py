@@ -1,0 +1,153 @@
+"""Operators at FLUX shapes, each beside the eager form it replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as vision
+
+import srpo_kernels as sk
+from srpo_kernels.latents import unpack
+
+__all__ = ["Case", "cases"]
+
+_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator at one shape. `make` draws inputs by name; `eager` is what one would write without the package."""
+
+    op: str
+    shape: str
+    make: Callable[[], dict[str, Tensor]]
+    ours: Callable[..., Tensor]
+    eager: Callable[..., Tensor]
+    differentiable: tuple[str, ...]
+    forward_elements: float  # moved at least, in elements of `dtype`
+    backward_elements: float
+    dtype: torch.dtype = torch.bfloat16
+
+
+def cases() -> Iterator[Case]:
+    """Every case, small and launch-bound ones first."""
+    for batch, side in ((1, 90), (4, 90), (4, 128), (256, 128)):
+        yield from _latent_cases(batch, side)
+    for batch in (2, 8, 64):
+        yield _reward_case(batch)
+    for batch, side in ((2, 720), (2, 1024), (16, 720)):
+        yield _resize_case(batch, side)
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def _latent_cases(batch: int, side: int) -> Iterator[Case]:
+    """Two branches of FLUX latents of side x side x 16, packed."""
+    tokens = (side // 2) ** 2
+    image, shape = tokens * 64 * batch, f"{batch} x {tokens} x 64, K=2"
+    size = (side, side)
+    start = torch.tensor([0.9, 0.8], device="cuda").expand(batch, 2)
+    end = torch.tensor([0.8, 0.9], device="cuda").expand(batch, 2)
+
+    def inject_eager(x0: Tensor, noise: Tensor) -> Tensor:
+        return torch.cat([(1 - s) * x0 + s * noise for s in (0.9, 0.8)])
+
+    yield Case(
+        "inject_noise",
+        shape,
+        lambda: {"x0": _random(batch, tokens, 64), "noise": _random(batch, tokens, 64)},
+        lambda x0, noise: sk.inject_noise(x0, noise, start),
+        inject_eager,
+        ("x0",),
+        4 * image,
+        3 * image,
+    )
+    yield Case(
+        "inject_noise, NoisePrior",
+        shape,
+        lambda: {"x0": _random(batch, tokens, 64)},
+        lambda x0: sk.inject_noise(x0, sk.NoisePrior(1), start),
+        lambda x0: inject_eager(x0, torch.randn_like(x0)),
+        ("x0",),
+        3 * image,
+        3 * image,
+    )
+
+    def recover_eager(x_t: Tensor, noise: Tensor, velocity: Tensor) -> Tensor:
+        e = noise.repeat(2, 1, 1)
+        s, t = (level.T.reshape(-1, 1, 1) for level in (start, end))
+        x0_hat = ((x_t.float() + (t - s) * velocity.float() - t * e.float()) / (1 - t)).to(x_t.dtype)
+        return (unpack(x0_hat, *size) / 0.3611 + 0.1159).contiguous(memory_format=torch.channels_last)
+
+    yield Case(
+        "recover, unpack",
+        shape,
+        lambda: {
+            "x_t": _random(2 * batch, tokens, 64),
+            "noise": _random(batch, tokens, 64),
+            "velocity": _random(2 * batch, tokens, 64),
+        },
+        lambda x_t, noise, velocity: sk.recover(
+            x_t, noise, velocity, start, end, unpack=size, scaling_factor=0.3611, shift_factor=0.1159
+        ),
+        recover_eager,
+        ("velocity",),
+        7 * image,
+        4 * image,
+    )
+
+
+def _reward_case(batch: int) -> Case:
+    """CLIP ViT-H: projection 1280 -> 1024."""
+    width, out = 1280, 1024
+    kappa = torch.full((batch,), 0.2, device="cuda")
+
+    def eager(image: Tensor, projection: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        embedding = normalize((image @ projection.T).float(), dim=-1)
+        return ((1 + kappa[:, None]) * positive.float() - negative.float()).mul(embedding).sum(-1)
+
+    return Case(
+        "relative_reward, projection",
+        f"{batch} x {width} -> {out}",
+        lambda: {
+            "image": _random(batch, width),
+            "projection": _random(out, width) * width**-0.5,
+            "positive": normalize(_random(batch, out), dim=-1),
+            "negative": normalize(_random(batch, out), dim=-1),
+        },
+        lambda image, projection, positive, negative: sk.relative_reward(
+            image, positive, negative, kappa, projection=projection
+        ),
+        eager,
+        ("image",),
+        batch * (width + 2 * out) + width * out,
+        batch * (2 * width + 2 * out) + 2 * width * out,
+    )
+
+
+def _resize_case(batch: int, side: int) -> Case:
+    """The decoder's image to a ViT's input."""
+
+    def eager(image: Tensor) -> Tensor:
+        unit = ((image.float() + 1) / 2).clamp(0, 1)
+        resized = vision.resize(unit, [224], interpolation=InterpolationMode.BICUBIC, antialias=True)
+        return vision.normalize(resized, list(_MEAN), list(_STD)).to(image.dtype)
+
+    pixels, out = batch * 3 * side * side, batch * 3 * 224 * 224
+    return Case(
+        "resize_normalize",
+        f"{batch} x 3 x {side} x {side} -> 224",
+        lambda: {"image": _random(batch, 3, side, side).contiguous(memory_format=torch.channels_last)},
+        lambda image: sk.resize_normalize(image, 224, _MEAN, _STD),
+        eager,
+        ("image",),
+        pixels + out,
+        2 * pixels + out,
+    )

@@ -1,0 +1,121 @@
+"""``python -m benchmarks.gpu``: test and time every operator on this machine's NVIDIA GPU, into one JSON file.
+
+Needs the packages already installed and no network. Exit status: 0 done, 1 a test failed, 4 no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case, cases
+from benchmarks.timing import copy_bandwidth, median_ms, rotations
+
+ROOT = Path(__file__).parent.parent
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder of the JSON file")
+    parser.add_argument("--no-tests", action="store_true", help="time only")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print(f"benchmarks.gpu: no NVIDIA GPU visible to torch {torch.__version__}", file=sys.stderr)
+        return 4
+    started = time.time()
+    tests = None if options.no_tests else _run_tests()
+    bandwidth = copy_bandwidth()
+    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
+    results = [_measure(case, bandwidth) for case in cases()]
+    report = {
+        "environment": _environment(),
+        "copy_bandwidth_tb_s": bandwidth / 1e12,
+        "tests": tests,
+        "operators": results,
+        "seconds": round(time.time() - started, 1),
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    device = torch.cuda.get_device_name().replace(" ", "-").lower()
+    path = options.out / f"ops-{device}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime(started))}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {path}")
+    return 1 if tests is not None and tests["exit_status"] else 0
+
+
+def _run_tests() -> dict[str, Any]:
+    """The operators' tests on this GPU, in a process of their own."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/ops", "-q", "-x", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout[-3000:], done.stderr[-1000:])
+    return {"exit_status": done.returncode, "summary": (done.stdout.strip().splitlines() or [""])[-1]}
+
+
+def _measure(case: Case, bandwidth: float) -> dict[str, Any]:
+    """Forward, and forward with backward, of ours, eager and compiled eager."""
+    torch.manual_seed(0)
+    first = case.make()
+    nbytes = sum(tensor.numel() * tensor.element_size() for tensor in first.values())
+    inputs = [first, *(case.make() for _ in range(rotations(nbytes) - 1))]
+    forms = {"ours": case.ours, "eager": case.eager, "compiled": torch.compile(case.eager)}
+    size = case.dtype.itemsize
+    row: dict[str, Any] = {"op": case.op, "shape": case.shape}
+    for name, form in forms.items():
+        torch.compiler.reset()
+        forward = median_ms(partial(_forward, form), inputs)
+        both = median_ms(partial(_forward_backward, form, case), inputs)
+        row[name] = {"forward_ms": forward, "forward_backward_ms": both}
+    fastest = row["ours"]
+    row["forward_of_copy_bandwidth"] = case.forward_elements * size / (fastest["forward_ms"] * 1e-3) / bandwidth
+    moved = (case.forward_elements + case.backward_elements) * size
+    row["forward_backward_of_copy_bandwidth"] = moved / (fastest["forward_backward_ms"] * 1e-3) / bandwidth
+    row["moved_mb"] = moved / 1e6
+    print(f"{case.op} [{case.shape}]: ours {row['ours']['forward_ms'] * 1e3:.1f} us, ", end="")
+    print(f"eager {row['eager']['forward_ms'] * 1e3:.1f}, compiled {row['compiled']['forward_ms'] * 1e3:.1f}")
+    return row
+
+
+def _forward(form: Callable[..., Tensor], inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return form(**inputs)
+
+
+def _forward_backward(form: Callable[..., Tensor], case: Case, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    given = {name: t.detach().requires_grad_(name in case.differentiable) for name, t in inputs.items()}
+    output = form(**given)
+    return torch.autograd.grad(output, [given[name] for name in case.differentiable], output.detach())
+
+
+def _environment() -> dict[str, Any]:
+    query = "name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw,clocks_throttle_reasons.active"
+    smi = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True)
+    sha = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
+    packages = {}
+    for package in ("torch", "triton", "torchvision"):
+        try:
+            packages[package] = version(package)
+        except PackageNotFoundError:
+            packages[package] = None
+    return {
+        "device": torch.cuda.get_device_name(),
+        "capability": list(torch.cuda.get_device_capability()),
+        "cuda": torch.version.cuda,
+        "nvidia_smi": dict(zip(query.split(","), smi.stdout.strip().split(", "), strict=False)) if smi.stdout else None,
+        "git": sha,
+        "python": sys.version.split()[0],
+        **packages,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

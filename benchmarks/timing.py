@@ -1,0 +1,44 @@
+"""Timing on a GPU with events."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["copy_bandwidth", "median_ms", "rotations"]
+
+_REPEATS = 60
+
+
+def rotations(nbytes: int) -> int:
+    """Copies of an input to go round, so that none is still in the L2 when its turn comes."""
+    cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    return min(64, max(2, -(-2 * cache // max(nbytes, 1))))
+
+
+def median_ms(run: Callable[[Any], Any], inputs: Sequence[Any]) -> float:
+    """Median milliseconds of ``run(input)`` on the device, going round `inputs`.
+
+    All launches are queued behind a long kernel, so that short ones are not timed at the speed of Python.
+    """
+    for item in inputs[:2]:
+        run(item)
+    torch.cuda.synchronize()
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(_REPEATS)]
+    torch.cuda._sleep(20_000_000)  # about 10 ms
+    for index, (start, end) in enumerate(pairs):
+        start.record()
+        run(inputs[index % len(inputs)])
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in pairs)
+
+
+def copy_bandwidth(nbytes: int = 2 << 30) -> float:
+    """Bytes per second of a device-to-device copy, counting read and write."""
+    source = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * nbytes / (median_ms(lambda _: target.copy_(source), [None]) * 1e-3)
