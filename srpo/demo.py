@@ -30,8 +30,7 @@ from srpo.models import Flux
 from srpo.randomness import generator
 from srpo.runlog import read_log
 from srpo.sampling import sample_images
-from srpo.tiny import ATTRIBUTES
-from srpo.tiny.digits import NAMES
+from srpo.tiny.digits import ATTRIBUTES, NAMES
 from srpo.tiny.judge import Judge
 from srpo.trainer import Trainer
 

@@ -33,12 +33,12 @@ def branch_sigma(op: str, name: str, sigma: float | Tensor, rows: int) -> tuple[
     return (sigma, 1) if sigma.ndim == 1 else (sigma.T.reshape(-1), sigma.shape[1])
 
 
-def resolve_noise(op: str, noise: Tensor | NoisePrior, like: Tensor, batch: int) -> Tensor:
+def resolve_noise(op: str, noise: Tensor | NoisePrior, name: str, like: Tensor, batch: int) -> Tensor:
     """Noise [B, ...] or [1, ...] for `batch` images shaped as rows of `like`, drawn if it is a `NoisePrior`."""
     shape = (batch, *like.shape[1:])
     if isinstance(noise, NoisePrior):
         return noise.sample(shape, device=like.device)
-    check_floating(op, noise=noise, like=like)
+    check_floating(op, **{name: like}, noise=noise)
     if noise.shape[1:] != like.shape[1:] or noise.shape[0] not in (1, batch):
         raise ValueError(f"{op}: noise must have shape {list(shape)} (or 1 image), got {list(noise.shape)}")
     return noise

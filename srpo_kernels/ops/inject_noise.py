@@ -35,7 +35,7 @@ def inject_noise(x0: Tensor, noise: Tensor | NoisePrior, sigma: float | Tensor) 
     if rows.numel() != branches * batch:
         got = f"[{rows.numel() // branches}, {branches}]" if branches > 1 else f"[{rows.numel()}]"
         raise ValueError(f"inject_noise: sigma must be a float, [{batch}] or [{batch}, K], got {got}")
-    noise = resolve_noise("inject_noise", noise, x0, batch)
+    noise = resolve_noise("inject_noise", noise, "x0", x0, batch)
     accumulate = torch.promote_types(x0.dtype, torch.float32)
     level = per_row(rows, x0, accumulate).unflatten(0, (branches, batch))
     return ((1 - level) * x0.to(accumulate) + level * noise.to(accumulate)).flatten(0, 1).to(x0.dtype)

@@ -49,24 +49,32 @@ def recover(
         TypeError: an argument is not floating. ValueError: shapes, devices or noise levels do not fit.
     """
     check_floating("recover", x_t=x_t, velocity=velocity)
+    if x_t.ndim < 1:
+        raise ValueError("recover: x_t must have a batch dimension")
     if velocity.shape != x_t.shape:
         raise ValueError(f"recover: velocity must have x_t's shape {list(x_t.shape)}, got {list(velocity.shape)}")
-    if unpack is not None and (x_t.ndim != 3 or x_t.shape[1] * 4 != unpack[0] * unpack[1] or x_t.shape[2] % 4):
-        raise ValueError(f"recover: unpack={unpack} needs tokens [B, h*w/4, 4C], got x_t of shape {list(x_t.shape)}")
+    if unpack is not None:
+        fits = x_t.ndim == 3 and x_t.shape[1] * 4 == unpack[0] * unpack[1] and x_t.shape[2] % 4 == 0
+        if not fits or unpack[0] % 2 or unpack[1] % 2:
+            raise ValueError(
+                f"recover: unpack={unpack} needs x_t of [B, h*w/4, 4C], h and w even, got {list(x_t.shape)}"
+            )
     if not isinstance(sigma_to, Tensor) and sigma_to >= 1.0:
         raise ValueError(f"recover: sigma_to must be below 1 (nothing of the image is left at 1), got {sigma_to}")
     rows = x_t.shape[0]
     start, branches = branch_sigma("recover", "sigma_from", sigma_from, rows)
-    end, _ = branch_sigma("recover", "sigma_to", sigma_to, rows)
+    end, others = branch_sigma("recover", "sigma_to", sigma_to, rows)
     for name, levels in (("sigma_from", start), ("sigma_to", end)):
         if levels.numel() != rows:
             raise ValueError(f"recover: {name} must be a float, [{rows}] or [B, K] with B*K = {rows} rows of x_t")
-    batch = rows // branches
-    noise = resolve_noise("recover", noise, x_t, batch)
+    if branches != others and 1 not in (branches, others):
+        raise ValueError(f"recover: sigma_to has {others} branches, but sigma_from {branches}")
+    batch = rows // max(branches, others)
+    noise = resolve_noise("recover", noise, "x_t", x_t, batch)
 
     accumulate = torch.promote_types(x_t.dtype, torch.float32)
     start, end = per_row(start, x_t, accumulate), per_row(end, x_t, accumulate)
-    injected = noise.to(accumulate).expand(batch, *x_t.shape[1:]).repeat(branches, *[1] * (x_t.ndim - 1))
+    injected = noise.to(accumulate).expand(batch, *x_t.shape[1:]).repeat(rows // max(batch, 1), *[1] * (x_t.ndim - 1))
     x0_hat = (x_t.to(accumulate) + (end - start) * velocity.to(accumulate) - end * injected) / (1 - end)
     if unpack is not None:
         x0_hat = unpack_tokens(x0_hat, *unpack).contiguous(memory_format=torch.channels_last)
