@@ -63,8 +63,8 @@ class Checkpoints:
         except Exception as error:  # safetensors raises its own type for I/O errors
             shutil.rmtree(temporary, ignore_errors=True)
             older = self.steps()
-            kept = f"the checkpoint of step {older[-1]} is untouched" if older else "there is no earlier checkpoint"
-            raise SaveError(f"checkpoint of step {step} could not be saved ({error}); {kept}") from error
+            left = f"the checkpoint of step {older[-1]} is untouched" if older else "there is no earlier checkpoint"
+            raise SaveError(f"checkpoint of step {step} could not be saved ({error}); {left}") from error
         # Newer ones than this are damaged: a run goes on from the newest sound checkpoint.
         kept = [older for older in self.steps() if older <= step][-self.keep :]
         for other in set(self.steps()) - set(kept):
