@@ -16,11 +16,11 @@ def demo_section(results: dict) -> str:
     header, *rows = results["table"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
-    seconds = " and ".join(f"{value:.0f} s" for value in results["training_seconds"].values())
-    updates = results["config"]["srpo"]["updates"]
+    cost = results["training_seconds"]
+    spent = ", ".join(f"{word}: {count} updates, {cost[word]:.0f} s" for word, count in results["updates"].items())
     note = (
-        f"{updates} updates each, {seconds} of training on 2 CPU cores. Measured by `srpo/tiny/judge.py`, not by the\n"
-        "reward; SD is the spread of real digits of one class. [All numbers](docs/demo.json)."
+        f"Training on one CPU core: {spent}. Measured by `srpo/tiny/judge.py`, not by the reward; SD is the\n"
+        "spread of real digits of one class. [All numbers](docs/demo.json)."
     )
     lines += ["", note]
     return "\n".join(lines)

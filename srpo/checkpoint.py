@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -62,17 +63,18 @@ class Checkpoints:
         except Exception as error:  # safetensors raises its own type for I/O errors
             shutil.rmtree(temporary, ignore_errors=True)
             older = self.steps()
-            kept = f"the checkpoint of step {older[-1]} is untouched" if older else "there is no earlier checkpoint"
-            raise SaveError(f"checkpoint of step {step} could not be saved ({error}); {kept}") from error
-        for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(old), ignore_errors=True)
+            left = f"the checkpoint of step {older[-1]} is untouched" if older else "there is no earlier checkpoint"
+            raise SaveError(f"checkpoint of step {step} could not be saved ({error}); {left}") from error
+        # Newer ones than this are damaged: a run goes on from the newest sound checkpoint.
+        kept = [older for older in self.steps() if older <= step][-self.keep :]
+        for other in set(self.steps()) - set(kept):
+            shutil.rmtree(self.path(other), ignore_errors=True)
         return final
 
     def steps(self) -> list[int]:
         """Steps of the published checkpoints, oldest first."""
-        return sorted(
-            int(commit.parent.name.removeprefix("step-")) for commit in self.directory.glob(f"step-*/{_COMMIT}")
-        )
+        found = (re.fullmatch(r"step-(\d{6,})", commit.parent.name) for commit in self.directory.glob(f"*/{_COMMIT}"))
+        return sorted(int(match[1]) for match in found if match)
 
     def latest(self) -> int | None:
         """Step of the newest checkpoint whose files match their recorded hashes; damaged ones are warned about."""
@@ -137,9 +139,11 @@ def _fingerprint(file: Path) -> dict[str, int | str]:
 def _damaged(path: Path) -> str | None:
     """What is wrong with a published checkpoint, or None."""
     try:
-        listed = json.loads((path / _COMMIT).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        return f"{_COMMIT}: {error}"
+        listed = dict(json.loads((path / _COMMIT).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        return f"{_COMMIT} is not readable: {error}"
+    if not listed:
+        return f"{_COMMIT} is empty"
     for name, expected in listed.items():
         if not (path / name).is_file():
             return f"{name} is missing"

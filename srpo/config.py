@@ -31,6 +31,10 @@ class ModelConfig:
     max_sequence_length: int = 512  # T5 tokens
     gradient_checkpointing: bool = False
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_sequence_length <= 512:
+            raise ValueError(f"model.max_sequence_length must be in [1, 512], got {self.max_sequence_length}")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -164,18 +168,28 @@ def _check_keys(values: dict[str, Any]) -> None:
     sections = {key.partition(".")[0] for key in valid}
     problems = []
     for section, entries in values.items():
-        if section in sections and not isinstance(entries, dict):
+        if section not in sections:
+            problems.append(f"unknown key {section!r}: {_hint(section, entries, sections, valid)}")
+        elif not isinstance(entries, dict):
             raise InputError(f"section {section!r} must hold keys, got {entries!r}")
-        keys = [f"{section}.{name}" for name in entries] if section in sections else [section]
-        for key in keys:
-            if key not in valid:
-                # A bare key is compared with the last part of the valid ones: `learning_rate` finds its section.
-                names = {name.rpartition(".")[2]: name for name in valid} if "." not in key else {n: n for n in valid}
-                near = difflib.get_close_matches(key, names, 1, 0.5)
-                hint = f"did you mean {names[near[0]]!r}?" if near else f"sections are {', '.join(sorted(sections))}"
-                problems.append(f"unknown key {key!r}: {hint}")
+        else:
+            keys = (f"{section}.{name}" for name in entries)
+            problems += [f"unknown key {key!r}: {_nearest(key, valid)}" for key in keys if key not in valid]
     if problems:
         raise InputError("; ".join(problems))
+
+
+def _hint(section: object, entries: object, sections: set[str], valid: list[str]) -> str:
+    """For a mistyped section its nearest name, for a key without a section the full one."""
+    by_name = {key.rpartition(".")[2]: key for key in valid}
+    names = {name: name for name in sections} if isinstance(entries, dict) else by_name
+    near = difflib.get_close_matches(str(section), names, 1, 0.5)
+    return f"did you mean {names[near[0]]!r}?" if near else f"sections are {', '.join(sorted(sections))}"
+
+
+def _nearest(key: str, valid: list[str]) -> str:
+    near = difflib.get_close_matches(key, valid, 1, 0.5)
+    return f"did you mean {near[0]!r}?" if near else f"valid keys are {', '.join(valid)}"
 
 
 def _message(error: Any) -> str:
@@ -194,7 +208,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """Refuses a key given twice, of which YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         twice = {key for key in keys if keys.count(key) > 1}
         if twice:
             raise yaml.constructor.ConstructorError(None, None, f"key {twice.pop()!r} is given twice", node.start_mark)

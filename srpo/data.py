@@ -30,7 +30,7 @@ CONTROL_GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 def control_group(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The words of a named group. Raises `InputError` for an unknown name."""
-    if name not in CONTROL_GROUPS:
+    if not isinstance(name, str) or name not in CONTROL_GROUPS:
         raise InputError(f"unknown control group {name!r}; known groups: {', '.join(sorted(CONTROL_GROUPS))}")
     return CONTROL_GROUPS[name]
 
@@ -55,7 +55,7 @@ class CaptionedImage:
 def read_images(folder: str | Path) -> list[CaptionedImage]:
     """Images listed in ``metadata.jsonl`` of `folder`: lines ``{"file_name": ..., "text": ...}``.
 
-    Every file is opened once, so that a damaged one is found before training starts. Raises `InputError`.
+    Every file is decoded once, so that a damaged one is found before training starts. Raises `InputError`.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -65,15 +65,15 @@ def read_images(folder: str | Path) -> list[CaptionedImage]:
     for number, line in enumerate(_read_lines(metadata, "image list"), 1):
         try:
             record = json.loads(line)
-            image = CaptionedImage(folder / record["file_name"], str(record["text"]).strip())
-        except (json.JSONDecodeError, KeyError, TypeError):
+            image = CaptionedImage(folder / record["file_name"], record["text"].strip())
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
             raise InputError(f'{metadata}: line {number} must be {{"file_name": ..., "text": ...}}') from None
         if not image.caption:
             raise InputError(f"{metadata}: line {number} has an empty text")
         try:
             with Image.open(image.path) as opened:
-                opened.verify()
-        except (OSError, SyntaxError) as error:
+                opened.load()  # `verify` would let a truncated JPEG pass
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise InputError(f"{metadata}: line {number}: {image.path} cannot be read as an image ({error})") from None
         images.append(image)
     return images
@@ -82,7 +82,8 @@ def read_images(folder: str | Path) -> list[CaptionedImage]:
 def load_image(path: Path, size: tuple[int, int]) -> Tensor:
     """The image [3, H, W] in [0, 1], scaled to cover `size` (height, width) and cropped to its centre."""
     with Image.open(path) as opened:
-        fitted = ImageOps.fit(opened.convert("RGB"), (size[1], size[0]), Image.Resampling.BICUBIC)
+        upright = ImageOps.exif_transpose(opened).convert("RGB")
+        fitted = ImageOps.fit(upright, (size[1], size[0]), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255
 
 

@@ -30,15 +30,15 @@ from srpo.models import Flux
 from srpo.randomness import generator
 from srpo.runlog import read_log
 from srpo.sampling import sample_images
-from srpo.tiny import ATTRIBUTES
 from srpo.tiny.digits import NAMES
 from srpo.tiny.judge import Judge
 from srpo.trainer import Trainer
 
 __all__ = ["GATES", "STEERABLE", "run_demo"]
 
-#: What `--control` accepts: attribute -> the two words it is steered towards.
-STEERABLE = {name: ATTRIBUTES[name] for name in ("stroke", "colour")}
+#: What `--control` accepts: attribute -> the two words it is steered towards, and the updates that takes. A model this
+#: small loses what a digit is when it is pushed further, so each direction stops when it has moved far enough.
+STEERABLE = {"stroke": {"bold": 8, "thin": 10}, "colour": {"red": 8, "blue": 10}}
 #: What a run must reach for the demo to succeed.
 GATES = {"shift": 1.5, "accuracy": 0.90, "diversity": 0.80}
 
@@ -68,11 +68,13 @@ def run_demo(out: Path, control: str) -> int:
         raise InputError(f"unknown control group {control!r}; the demo steers {' or '.join(STEERABLE)}")
     if out.exists() and any(out.iterdir()):
         raise InputError(f"demo directory {out} is not empty; choose another --out")
+    steered = STEERABLE[control]
     started = time.perf_counter()
+    torch.set_num_threads(1)  # a second thread costs more than it brings, much more when the other core is busy
     say = partial(_say, started)
     say("loading the tiny world")
     judge = Judge.load()
-    runs = [_Run(word, _config(out / word, word)) for word in STEERABLE[control]]
+    runs = [_Run(word, load_config("tiny", _overrides(out / word, word, count))) for word, count in steered.items()]
 
     say(f"sampling {_EVALUATED} images before training")
     base_flux = Flux.load(resolve_asset(TINY, "pipeline"), max_sequence_length=runs[0].config.model.max_sequence_length)
@@ -98,6 +100,7 @@ def run_demo(out: Path, control: str) -> int:
         "base": base,
         "runs": {run.word: run.measured for run in runs},
         "training_seconds": {run.word: round(run.seconds, 1) for run in runs},
+        "updates": {run.word: run.config.srpo.updates for run in runs},
         "checks": checks,
         "table": [_header(control), *rows],
         "config": asdict(first.config),
@@ -115,8 +118,8 @@ def _say(started: float, text: str) -> None:
     print(f"[{time.perf_counter() - started:5.1f} s] {text}", flush=True)
 
 
-def _config(directory: Path, word: str) -> TrainConfig:
-    return load_config("tiny", [f"run.dir={json.dumps(str(directory))}", f"data.control_group={word}"])
+def _overrides(directory: Path, word: str, updates: int) -> list[str]:
+    return [f"run.dir={json.dumps(str(directory))}", f"data.control_group={word}", f"srpo.updates={updates}"]
 
 
 def _labels(count: int) -> Tensor:
@@ -163,8 +166,8 @@ def _train(run: _Run, start: dict[str, float], evaluate: Callable[[Flux, int], t
 def _kill_and_resume(directory: Path, twin: _Run, say: Callable[[str], None]) -> bool:
     """SIGKILL a second process in mid-run, resume it in a third, compare the last checkpoint with `twin`'s."""
     # In processes of their own: a process that killed itself could not go on to compare.
-    command = [sys.executable, "-m", "srpo", "train", "tiny"]
-    command += [f"run.dir={json.dumps(str(directory))}", f"data.control_group={twin.word}", "run.sample_every=0"]
+    command = [sys.executable, "-m", "srpo", "train", "tiny", "run.sample_every=0"]
+    command += _overrides(directory, twin.word, twin.config.srpo.updates)
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on the thread count
     half, total = twin.config.srpo.updates // 2, twin.config.srpo.updates
     checkpoints = Checkpoints(directory / "checkpoints", twin.config.run.keep)

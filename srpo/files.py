@@ -1,4 +1,4 @@
-"""Output directories that appear whole or not at all."""
+"""Directories: outputs that appear whole or not at all, inputs that are complete."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from srpo.errors import InputError
 
-__all__ = ["new_directory"]
+__all__ = ["has_vocabulary", "new_directory"]
 
 
 @contextmanager
@@ -30,3 +30,9 @@ def new_directory(path: Path) -> Iterator[Path]:
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def has_vocabulary(tokenizer: Path) -> bool:
+    """Whether a tokenizer directory holds its vocabulary. Without it transformers loads an empty one, silently."""
+    forms = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
+    return any(all((tokenizer / name).is_file() for name in form) for form in forms)

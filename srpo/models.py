@@ -14,9 +14,11 @@ from typing import Literal
 
 import torch
 from diffusers import FluxPipeline
+from safetensors import SafetensorError
 from torch import Tensor
 
 from srpo.errors import InputError
+from srpo.files import has_vocabulary
 from srpo.latents import image_ids, pack, unpack
 
 __all__ = ["Conditioning", "Flux", "Precision", "check_image_size", "check_model_directory"]
@@ -75,7 +77,10 @@ class Flux:
         path = check_model_directory(path)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         dtypes = {"default": dtype, "transformer": torch.float32 if trainable else dtype}
-        pipeline = FluxPipeline.from_pretrained(path, torch_dtype=dtypes, local_files_only=True).to(device)
+        try:
+            pipeline = FluxPipeline.from_pretrained(path, torch_dtype=dtypes, local_files_only=True).to(device)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise InputError(f"model directory {path} cannot be loaded: {error}") from None
         pipeline.set_progress_bar_config(disable=True)
         flux = cls(pipeline, precision=precision, max_sequence_length=max_sequence_length)
         flux.transformer.requires_grad_(trainable)
@@ -173,6 +178,10 @@ def check_model_directory(path: str | Path, size: tuple[int, int] | None = None)
             raise InputError(f"model directory {path} is incomplete: {component}/ is missing")
     for component in _WEIGHTS:
         _check_weights(path / component, path)
+    for component in ("tokenizer", "tokenizer_2"):
+        if not has_vocabulary(path / component):
+            raise InputError(f"model directory {path} is incomplete: {component}/tokenizer.json is missing")
+    _read_json(path / "scheduler/scheduler_config.json", path)
     transformer = _read_json(path / "transformer/config.json", path)
     vae = _read_json(path / "vae/config.json", path)
     if transformer["in_channels"] != 4 * vae["latent_channels"]:

@@ -69,7 +69,7 @@ class SRPOConfig:
     @classmethod
     def preset(cls, name: str) -> SRPOConfig:
         """The official recipe `name`: "hps" (HPSv2.1) or "pickscore". Raises `ValueError` for another name."""
-        if name not in _PRESETS:
+        if not isinstance(name, str) or name not in _PRESETS:
             raise ValueError(f"preset must be one of {sorted(_PRESETS)}, got {name!r}")
         return cls(**_PRESETS[name])
 
@@ -82,8 +82,7 @@ class SRPOConfig:
         _require(self.form in Form.__args__, self, "form", f"one of {sorted(Form.__args__)}")  # type: ignore[attr-defined]
         _require(self.noise in ("shared", "independent"), self, "noise", "'shared' or 'independent'")
         for name in ("discount_denoise", "discount_inversion"):
-            low, high = min(getattr(self, name)), max(getattr(self, name))
-            _require(0 <= low <= high <= 1, self, name, "two numbers in [0, 1]")
+            _require(all(0 <= value <= 1 for value in getattr(self, name)), self, name, "two numbers in [0, 1]")
         _require(self.threshold is None or math.isfinite(self.threshold), self, "threshold", "a finite number or null")
         for name in ("positive_controls", "negative_controls"):
             words = getattr(self, name)

@@ -13,7 +13,7 @@ import torch
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # what is tested is small: a second thread mostly waits
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ def command(*arguments: str | Path) -> list[str]:
 
 
 def environment(**values: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "2", **values}
+    return {**os.environ, "OMP_NUM_THREADS": "1", **values}
 
 
 def srpo(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

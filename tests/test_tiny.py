@@ -42,9 +42,10 @@ def pipeline() -> FluxPipeline:
 @pytest.fixture(scope="module")
 def rebuilt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two shortened builds with the same seed."""
-    root = tmp_path_factory.mktemp("build")
+    root, messages = tmp_path_factory.mktemp("build"), list[str]()
     for name in ("one", "two"):
-        build(root / name, seed=3, steps=Steps().scaled(0.05), progress=lambda message: None)
+        build(root / name, seed=3, steps=Steps().scaled(0.03), progress=messages.append)
+    assert len(messages) >= 6
     return root / "one", root / "two"
 
 
@@ -90,7 +91,8 @@ def test_captions_say_what_is_true(data: Digits) -> None:
     texts = [random_caption(label, true, rng, plain=0.5)
              for label, true in zip(data.labels.tolist(), words, strict=True)]
     bold = torch.tensor(["bold" in text for text in texts])
-    assert 0.05 < bold.float().mean() < 0.3 and (z["stroke"][bold] > 0).all()
+    assert 0.05 < bold.float().mean() < 0.3
+    assert (z["stroke"][bold] > 0).all()
     assert 0.5 < np.mean([text.split()[0] == "digit" for text in texts]) < 0.8
     assert any(text.split()[0] == "bold." for text in texts)
     assert all(text.endswith(f"digit {NAMES[label]}") for text, label in zip(texts, data.labels.tolist(), strict=True))
@@ -99,10 +101,12 @@ def test_captions_say_what_is_true(data: Digits) -> None:
 def test_exported_images_are_an_image_folder(tmp_path: Path) -> None:
     export_images(tmp_path / "digits", 12, seed=1)
     lines = [json.loads(line) for line in (tmp_path / "digits/metadata.jsonl").read_text().splitlines()]
-    assert len(lines) == 12 and all(line["text"] in {caption(i) for i in range(10)} for line in lines)
+    assert len(lines) == 12
+    assert all(line["text"] in {caption(i) for i in range(10)} for line in lines)
     pixels = np.asarray(Image.open(tmp_path / "digits" / lines[3]["file_name"]))
     expected = load(seed=1, copies=1).images[3].permute(1, 2, 0) * 255
-    assert pixels.shape == (32, 32, 3) and np.abs(pixels - expected.numpy()).max() <= 0.51
+    assert pixels.shape == (32, 32, 3)
+    assert np.abs(pixels - expected.numpy()).max() <= 0.51
     with pytest.raises(ValueError, match="count"):
         export_images(tmp_path / "more", 0, seed=1)
 
@@ -110,7 +114,9 @@ def test_exported_images_are_an_image_folder(tmp_path: Path) -> None:
 def test_judge_recognises_held_out_digits(judge: Judge, data: Digits) -> None:
     report = judge.measure(data.held_out_images, data.held_out_labels)
     assert report["accuracy"] >= 0.98
-    assert abs(report["stroke"]) < 0.2 and abs(report["colour"]) < 0.2 and abs(report["slant"]) < 0.2
+    assert abs(report["stroke"]) < 0.2
+    assert abs(report["colour"]) < 0.2
+    assert abs(report["slant"]) < 0.2
     assert judge.measure(data.held_out_images, data.held_out_labels.roll(1))["accuracy"] < 0.3
     repeated = data.held_out_images[:10].repeat(5, 1, 1, 1), data.held_out_labels[:10].repeat(5)
     assert judge.measure(*repeated)["diversity"] < 0.8 * report["diversity"]
@@ -136,10 +142,13 @@ def test_base_samples_look_like_the_digits(pipeline: FluxPipeline, judge: Judge,
     report = judge.measure(images, labels)
     real = judge.measure(data.images[:1000], data.labels[:1000])
     assert report["accuracy"] >= 0.93
-    assert abs(report["stroke"]) < 0.4 and abs(report["colour"]) < 0.4 and abs(report["slant"]) < 0.4
+    assert abs(report["stroke"]) < 0.4
+    assert abs(report["colour"]) < 0.4
+    assert abs(report["slant"]) < 0.4
     assert report["diversity"] > 0.85 * real["diversity"]
     spread = data.stats.z_scores(images, labels)
-    assert 0.6 < spread["stroke"].std() < 1.4 and 0.6 < spread["colour"].std() < 1.4
+    assert 0.6 < spread["stroke"].std() < 1.4
+    assert 0.6 < spread["colour"].std() < 1.4
     assert (images[:, :, 0] > 0.95).float().mean() > 0.95  # white paper
 
 
@@ -189,8 +198,19 @@ def test_short_build_learns(rebuilt: tuple[Path, Path], data: Digits) -> None:
     assert ((table[rows, labels] > table[rows, labels + 10]) == red).float().mean() > 0.65  # chance is 0.5
 
 
-def test_build_restores_the_callers_torch(rebuilt: tuple[Path, Path]) -> None:
+def test_build_leaves_the_callers_torch_alone(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state(), torch.get_num_threads()
+    with pytest.raises(RuntimeError, match="stop"):
+        build(tmp_path / "out", steps=Steps().scaled(1e-6), progress=_stop)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert torch.get_num_threads() == before[1]
     assert not torch.are_deterministic_algorithms_enabled()
+    assert not list(tmp_path.iterdir())
+
+
+def _stop(message: str) -> None:
+    raise RuntimeError(f"stop at {message}")
 
 
 def test_build_refuses_bad_arguments(tmp_path: Path) -> None:

@@ -8,12 +8,14 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import normalize
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as vision
 
 from srpo.errors import InputError
+from srpo.files import has_vocabulary
 from srpo_kernels import RELATIVE_FORMS, relative_reward
 
 __all__ = ["CLIPReward", "CosineReward", "OpenCLIPReward"]
@@ -108,9 +110,11 @@ class CLIPReward(CosineReward):
         for file in (path / "config.json", processor / "preprocessor_config.json", processor / "tokenizer_config.json"):
             if not file.is_file():
                 raise InputError(f"reward directory {path} is incomplete: {file} is missing")
+        if not has_vocabulary(processor):
+            raise InputError(f"reward directory {path} is incomplete: {processor / 'tokenizer.json'} is missing")
         try:
             self.model = CLIPModel.from_pretrained(path, local_files_only=True, dtype=torch.float32)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise InputError(f"reward directory {path} cannot be loaded: {error}") from None
         self.model.requires_grad_(False).eval().to(device)
         self.tokenizer = CLIPTokenizer.from_pretrained(processor, local_files_only=True)
@@ -157,8 +161,9 @@ class OpenCLIPReward(CosineReward):
             raise InputError(f"reward architecture {architecture!r} is not an open_clip model name")
         try:
             self.model = open_clip.create_model(architecture, pretrained=str(path), device=device)
-        except RuntimeError as error:
-            raise InputError(f"reward checkpoint {path} does not fit {architecture}: {error}") from None
+        except Exception as error:  # whatever unpickling and a strict state dict may raise
+            reason = str(error) or type(error).__name__
+            raise InputError(f"reward checkpoint {path} does not fit {architecture}: {reason}") from None
         self.model.requires_grad_(False).eval()
         self.tokenizer = open_clip.get_tokenizer(architecture)
         size = self.model.visual.image_size

@@ -119,8 +119,8 @@ def axis(
 ) -> tuple[Tensor, Tensor]:
     """The matrix of one axis and its blocks that are not zero, as the kernel takes them.
 
-    `length` samples are resized to `resized`, of which `size` are kept from `start` on. The coefficients are torch's own:
-    what it makes of unit vectors in float64. Kept for as long as the same sizes come, so a training step computes none.
+    `length` samples are resized to `resized`, of which `size` are kept from `start` on. The coefficients are torch's
+    own: what it makes of unit vectors in float64. The cache leaves a training step none to compute.
     """
     config = BACKWARD if backward else FORWARD
     step, tile = (config.step_y, config.tile_y) if left else (config.step_x, config.tile_x)
@@ -164,7 +164,9 @@ def forward(
 ) -> Tensor:
     shape = [*image.shape[:2], size, size]
     table = constants(tuple(mean), tuple(std), (value_range[0], value_range[1]), _dtype(image), image.device)
-    return _launch(image, image, table, shape, list(image.shape[2:]), resized, crop, size, antialias, channels_last, False)
+    return _launch(
+        image, image, table, shape, list(image.shape[2:]), resized, crop, size, antialias, channels_last, False
+    )
 
 
 def backward(
@@ -182,6 +184,11 @@ def backward(
     mean = (0.0,) * len(std)
     table = constants(mean, tuple(std), (value_range[0], value_range[1]), _dtype(gradient), gradient.device)
     return _launch(gradient, image, table, shape, shape[2:], resized, crop, size, antialias, channels_last, True)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Of products: on tensor cores, exact to about 2^-21, where the result has 11 bits or fewer."""
+    return "tf32x3" if dtype.itemsize == 2 else "ieee"
 
 
 def _dtype(tensor: Tensor) -> torch.dtype:
@@ -249,8 +256,7 @@ def _launch(
             PLANES=planes,
             LANES=lanes,
             ACC=accumulator(source),
-            # Products of tensor cores, exact to 2^-21, where the result has 11 bits or fewer.
-            PRECISION="tf32x3" if source.element_size() == 2 else "ieee",
+            PRECISION=precision(source.dtype),
             TILE_Y=config.tile_y,
             TILE_X=config.tile_x,
             STEP_Y=config.step_y,

@@ -88,12 +88,18 @@ def _allocate(like: Tensor, shape: list[int], channels_last: bool) -> Tensor:
     return like.new_empty(shape)
 
 
+def _fake(image: Tensor, size: int, *rest: Any) -> Tensor:
+    return _allocate(image, [*image.shape[:2], size, size], rest[-1])
+
+
+def _fake_backward(gradient: Tensor, _image: Tensor | None, shape: list[int], *rest: Any) -> Tensor:
+    return _allocate(gradient, shape, rest[-1])
+
+
 _forward = define(
     f"resize_normalize_fwd(Tensor image, {_WINDOW}, float[] mean, float[] std, float[] value_range, bool antialias, "
     "bool channels_last) -> Tensor",
-    fake=lambda image, size, resized, crop, mean, std, value_range, antialias, channels_last: _allocate(
-        image, [*image.shape[:2], size, size], channels_last
-    ),
+    fake=_fake,
     cpu=resize_normalize_reference,
     cuda="srpo_kernels._triton.resize_normalize:forward",
 )
@@ -101,9 +107,7 @@ _forward = define(
 _backward = define(
     f"resize_normalize_bwd(Tensor gradient, Tensor? image, int[] shape, {_WINDOW}, float[] std, float[] value_range, "
     "bool antialias, bool channels_last) -> Tensor",
-    fake=lambda gradient, image, shape, size, resized, crop, std, value_range, antialias, channels_last: _allocate(
-        gradient, shape, channels_last
-    ),
+    fake=_fake_backward,
     cpu=_backward_reference,
     cuda="srpo_kernels._triton.resize_normalize:backward",
 )
@@ -161,8 +165,8 @@ def resize_normalize(
         mean, std: C numbers each, for images in [0, 1].
         value_range: what maps to 0 and to 1.
         antialias: widen the filter when the image is reduced, as torchvision does.
-        clamp_gradient: "hard" is the clamp's own gradient, 0 for values outside the range; "straight_through" ignores the
-            clamp in backward, so that a saturated pixel can come back.
+        clamp_gradient: "hard" is the clamp's own gradient, 0 for values outside the range and 1 on its bounds (torch.clamp's
+            until 2.14); "straight_through" ignores the clamp in backward, so that a saturated pixel can come back.
 
     Returns:
         [B, C, size, size] in the dtype and memory format of the image; computed in fp32. Not clamped again: a bicubic
@@ -185,7 +189,9 @@ def resize_normalize(
     if len(value_range) != 2 or not value_range[0] < value_range[1]:
         raise ValueError(f"resize_normalize: value_range must be (low, high) with low < high, got {value_range}")
     if clamp_gradient not in ("hard", "straight_through"):
-        raise ValueError(f'resize_normalize: clamp_gradient must be "hard" or "straight_through", got {clamp_gradient!r}')
+        raise ValueError(
+            f'resize_normalize: clamp_gradient must be "hard" or "straight_through", got {clamp_gradient!r}'
+        )
     short = min(height, width)
     resized = [int(size * edge / short) for edge in (height, width)]  # torchvision's; exactly `size` for the shorter
     return _ResizeNormalize.apply(

@@ -1,0 +1,148 @@
+"""Training of the tiny world's models on the CPU.  All randomness is torch's global generator and `rng`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from torch import Tensor
+from transformers import CLIPModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+from srpo.latents import image_ids, pack
+from srpo.tiny.digits import Digits, attribute_words, caption, random_caption
+from srpo.tiny.words import LENGTH
+
+__all__ = ["Progress", "decode", "encode", "token_ids", "train_clip", "train_flow", "train_vae"]
+
+Progress = Callable[[str], None]
+
+
+class _Trainer:
+    """AdamW with a one-cycle rate and clipped gradients, which reports a running mean of the loss."""
+
+    def __init__(self, name: str, parameters: list[Tensor], rate: float, steps: int, progress: Progress) -> None:
+        self.name, self.parameters, self.steps, self.progress = name, parameters, steps, progress
+        self.optimizer = torch.optim.AdamW(parameters, rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, rate, max(steps, 2), pct_start=0.1)
+        self.losses: list[float] = []
+
+    def step(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.losses.append(loss.item())
+        if len(self.losses) % 100 == 0 or len(self.losses) == self.steps:
+            self.progress(f"{self.name} {len(self.losses)}/{self.steps}: loss {self.recent():.4f}")
+
+    def recent(self) -> float:
+        """Mean of the last 50 losses."""
+        return float(np.mean(self.losses[-50:]))
+
+
+def token_ids(tokenizer: CLIPTokenizer | T5Tokenizer, prompts: list[str]) -> Tensor:
+    """Token ids [N, 16] int64, padded exactly as FluxPipeline pads its prompts."""
+    ids = tokenizer(prompts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
+    return torch.as_tensor(ids)
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Normalised latents [N, 4, 8, 8] of `images` [N, 3, 32, 32] in [0, 1]."""
+    latents = torch.cat([vae.encode(2 * x - 1).latent_dist.mean for x in torch.split(images, 256)])
+    return (latents - float(vae.config.shift_factor)) * float(vae.config.scaling_factor)
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Images [N, 3, 32, 32] in [0, 1] of normalised `latents` [N, 4, 8, 8]."""
+    raw = latents / vae.config.scaling_factor + vae.config.shift_factor
+    return torch.cat([vae.decode(x).sample for x in torch.split(raw, 256)]).div(2).add(0.5).clamp(0, 1)
+
+
+def train_vae(vae: AutoencoderKL, data: Digits, steps: int, progress: Progress) -> list[float]:
+    """Train `vae` to reconstruct the digits, set its latents' shift and scale, and return the losses."""
+    trainer = _Trainer("vae", list(vae.parameters()), 4e-3, steps, progress)
+    for _ in range(steps):
+        target = 2 * data.images[torch.randint(len(data.images), (32,))] - 1
+        posterior = vae.encode(target).latent_dist
+        error = vae.decode(posterior.sample()).sample - target
+        # The absolute error keeps the paper white and the edges crisp, the squared error the strokes in place.
+        trainer.step(error.abs().mean() + error.square().mean() + 2e-3 * posterior.kl().mean() / 256)
+    vae.eval().requires_grad_(False)
+    latents = encode(vae, data.images)
+    vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
+    return trainer.losses
+
+
+def train_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, vae: AutoencoderKL, data: Digits, steps: int,
+               rng: np.random.Generator, progress: Progress) -> list[float]:
+    """Train `clip` contrastively on the digits and on noisy reconstructions of them, and return the losses.
+
+    A reward's gradient is followed off the data, so the images are also decoded from noisy latents, blurred and
+    made noisy: what survives all of these is what the words mean.
+    """
+    labels, words = data.labels.tolist(), attribute_words(data.stats.z_scores(data.images, data.labels))
+    latents = encode(vae, data.images)
+    noisy = decode(vae, latents + torch.rand(len(latents), 1, 1, 1) * 0.5 * torch.randn_like(latents))
+    trainer = _Trainer("clip", list(clip.parameters()), 2e-3, steps, progress)
+    for _ in range(steps):
+        chosen = torch.randint(len(data.images), (128,))
+        texts = [random_caption(labels[i], words[i], rng, plain=0.1) for i in chosen.tolist()]
+        images = torch.where(torch.rand(128, 1, 1, 1) < 0.5, data.images[chosen], noisy[chosen])
+        images = images.lerp(F.avg_pool2d(images, 3, 1, 1, count_include_pad=False), torch.rand(128, 1, 1, 1))
+        images = images + 0.1 * torch.rand(128, 1, 1, 1) * torch.randn_like(images)
+        output = clip(input_ids=token_ids(tokenizer, texts), pixel_values=2 * images - 1)
+        matches = _matches(texts, [(labels[i], words[i]) for i in chosen.tolist()])
+        trainer.step(_contrast(output.logits_per_image, matches))
+    clip.eval().requires_grad_(False)
+    return trainer.losses
+
+
+def _matches(texts: list[str], images: list[tuple[int, list[str]]]) -> Tensor:
+    """[images, texts] fp32: 1 where all that a text says is true of an image given by its digit and words."""
+    said = [set(text.replace(".", "").split()) for text in texts]
+    true = [set(caption(label, words).split()) for label, words in images]
+    return torch.tensor([[float(text <= image) for text in said] for image in true])
+
+
+def _contrast(logits: Tensor, matches: Tensor) -> Tensor:
+    """CLIP's two-way cross entropy, spread evenly over all `matches` [N, N]: captions are often true of several."""
+    return (F.cross_entropy(logits, matches / matches.sum(1, keepdim=True))
+            + F.cross_entropy(logits.T, matches.T / matches.T.sum(1, keepdim=True))) / 2
+
+
+def train_flow(transformer: FluxTransformer2DModel, t5: T5EncoderModel, clip: CLIPModel,
+               tokenizers: tuple[CLIPTokenizer, T5Tokenizer], vae: AutoencoderKL, data: Digits, steps: int,
+               rng: np.random.Generator, progress: Progress) -> list[float]:
+    """Train `transformer` and `t5` together by rectified flow, leave their averaged weights in them, return losses."""
+    labels, words = data.labels.tolist(), attribute_words(data.stats.z_scores(data.images, data.labels))
+    tokens = pack(encode(vae, data.images))
+    models = torch.nn.ModuleList([transformer, t5])
+    average = copy.deepcopy(models)
+    trainer = _Trainer("flow", list(models.parameters()), 2e-3, steps, progress)
+    position = {"img_ids": image_ids(8, 8), "txt_ids": torch.zeros(LENGTH, 3)}
+    for i in range(steps):
+        chosen = torch.randint(len(tokens), (32,))
+        texts = [random_caption(labels[i], words[i], rng, plain=0.5) for i in chosen.tolist()]
+        sigma = (torch.randn(32) + 0.5).sigmoid()  # more of the noisy half, where a digit takes its shape
+        noise = torch.randn(32, 16, 16)
+        clean = tokens[chosen]
+        velocity = transformer(
+            hidden_states=clean.lerp(noise, sigma[:, None, None]), timestep=sigma,
+            guidance=torch.empty(32).uniform_(1, 5),  # drawn at random, so that the model ignores it
+            pooled_projections=clip.text_model(token_ids(tokenizers[0], texts)).pooler_output,
+            encoder_hidden_states=t5(token_ids(tokenizers[1], texts)).last_hidden_state,
+            return_dict=False, **position)[0]
+        trainer.step(F.mse_loss(velocity, noise - clean))
+        with torch.no_grad():
+            decay = min(0.998, (i + 1) / (i + 10))
+            torch._foreach_lerp_(list(average.parameters()), list(models.parameters()), 1 - decay)
+    models.load_state_dict(average.state_dict())
+    models.eval().requires_grad_(False)
+    return trainer.losses

@@ -1,0 +1,375 @@
+"""Rewards against the same models called by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, normalize
+from torchvision.transforms import v2
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+from srpo.errors import InputError
+from srpo.objective import SRPOConfig
+from srpo.rewards import CLIPReward, CosineReward, OpenCLIPReward, RewardConfig, load_reward
+
+_PROMPTS = ["digit three red", "a thin blue digit", "wide"]
+
+
+def _images(count: int, height: int = 40, width: int = 56, seed: int = 0) -> Tensor:
+    return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def _resize_crop_normalise(images: Tensor, size: int, mean: Any, std: Any) -> Tensor:
+    """What the reward should do to its images, by plain tensor operations."""
+    height, width = images.shape[-2:]
+    short = min(height, width)
+    scaled = (size * height // short, size * width // short)
+    resized = interpolate(images, scaled, mode="bicubic", antialias=True, align_corners=False)
+    top, left = (round((side - size) / 2) for side in scaled)
+    cropped = resized[..., top : top + size, left : left + size]
+    return (cropped - torch.tensor(mean).reshape(3, 1, 1)) / torch.tensor(std).reshape(3, 1, 1)
+
+
+# --- CLIP ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clip(clip_shaped: Path) -> CLIPReward:
+    return CLIPReward(clip_shaped)
+
+
+@pytest.fixture(scope="module")
+def clip_cosine(clip_shaped: Path) -> Any:
+    """cos(image, prompt) [N, M] from the model's own towers and projections."""
+    model = CLIPModel.from_pretrained(clip_shaped, local_files_only=True).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(clip_shaped, local_files_only=True)
+    processor = CLIPImageProcessor.from_pretrained(clip_shaped, local_files_only=True)
+
+    @torch.no_grad()
+    def cosine(images: Tensor, prompts: list[str]) -> Tensor:
+        pixels = _resize_crop_normalise(images, 32, processor.image_mean, processor.image_std)
+        tokens = tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
+        return model(pixel_values=pixels, **tokens).logits_per_image / model.logit_scale.exp()
+
+    return cosine
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 56), (70, 33), (20, 24)], ids=str)
+def test_preprocessing_equals_torchvision_and_plain_interpolation(clip: CLIPReward, size: tuple[int, int]) -> None:
+    images = _images(2, *size)
+    chain = v2.Compose(
+        [
+            v2.Resize(32, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+            v2.CenterCrop(32),
+            v2.Normalize(list(clip.image_mean), list(clip.image_std)),
+        ]
+    )
+    got = clip.preprocess(images)
+    assert tuple(got.shape) == (2, 3, 32, 32)
+    torch.testing.assert_close(got, chain(images), rtol=0, atol=0)
+    by_hand = _resize_crop_normalise(images, 32, clip.image_mean, clip.image_std)
+    torch.testing.assert_close(got, by_hand, rtol=0, atol=1e-5)
+
+
+def test_normalisation_is_the_processor_s(clip: CLIPReward) -> None:
+    """OpenAI's published statistics."""
+    assert list(clip.image_mean) == pytest.approx([0.48145466, 0.4578275, 0.40821073])
+    assert list(clip.image_std) == pytest.approx([0.26862954, 0.26130258, 0.27577711])
+
+
+def test_score_is_the_cosine_of_the_model_s_features(clip: CLIPReward, clip_cosine: Any) -> None:
+    images = _images(3)
+    expected = clip_cosine(images, _PROMPTS)
+    assert expected.std() > 1e-3, "the pairs differ enough to tell them apart"
+    torch.testing.assert_close(clip.score(images, _PROMPTS), expected.diagonal(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["official", "difference", "cfg"])
+def test_relative_score_in_every_form(clip_shaped: Path, clip_cosine: Any, form: str) -> None:
+    images, kappa = _images(3), torch.tensor([0.1, 0.5, 0.25])
+    positive, negative = _PROMPTS, _PROMPTS[::-1]
+    p, n = clip_cosine(images, positive).diagonal(), clip_cosine(images, negative).diagonal()
+    expected = {"official": (1 + kappa) * p - n, "difference": p - n, "cfg": kappa * p + (1 - kappa) * n}[form]
+    got = CLIPReward(clip_shaped, form=form).relative(images, positive, negative, kappa)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("logit_scale", "divisor"), [(False, 1.0), (True, 1.0), (True, 20.0), (False, 4.0)])
+def test_scale_is_the_model_s_over_the_divisor(
+    clip_shaped: Path, clip_cosine: Any, logit_scale: bool, divisor: float
+) -> None:
+    images, kappa = _images(2), torch.tensor([0.3, 0.3])
+    reward = CLIPReward(clip_shaped, logit_scale=logit_scale, divisor=divisor)
+    # CLIPConfig starts logit_scale at ln(1 / 0.07), rounded to 2.6592.
+    scale = (math.exp(2.6592) if logit_scale else 1.0) / divisor
+    expected = scale * clip_cosine(images, _PROMPTS[:2]).diagonal()
+    torch.testing.assert_close(reward.score(images, _PROMPTS[:2]), expected, rtol=1e-5, atol=1e-5)
+    both = reward.relative(images, _PROMPTS[:2], _PROMPTS[1::-1], kappa)
+    plain = CLIPReward(clip_shaped).relative(images, _PROMPTS[:2], _PROMPTS[1::-1], kappa)
+    torch.testing.assert_close(both, scale * plain, rtol=1e-5, atol=1e-5)
+
+
+def _most_extreme(reward: CosineReward, kappa: float) -> float:
+    """The largest relative score over image embeddings, found by aligning the embedding with the direction."""
+    positive, negative = reward.embed_prompts(_PROMPTS[:1]), reward.embed_prompts(_PROMPTS[1:2])
+    weights = {"official": (1 + kappa, -1.0), "difference": (1.0, -1.0), "cfg": (kappa, 1 - kappa)}[reward.form]
+    return reward.scale * (weights[0] * positive + weights[1] * negative).norm().item()
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.25, 0.6, 1.0])
+@pytest.mark.parametrize("form", ["official", "difference", "cfg"])
+def test_limit_bounds_every_score_and_is_reached_by_opposite_prompts(
+    clip_shaped: Path, form: str, kappa: float
+) -> None:
+    reward = CLIPReward(clip_shaped, form=form, logit_scale=True)
+    limit = reward.limit(kappa)
+    images = _images(16)
+    scores = reward.relative(images, _PROMPTS[:1] * 16, _PROMPTS[1:2] * 16, torch.full((16,), kappa))
+    assert scores.abs().max() <= limit
+    assert _most_extreme(reward, kappa) <= limit * (1 + 1e-6)
+    weights = {"official": 2 + kappa, "difference": 2.0, "cfg": 1.0}
+    assert limit == pytest.approx(weights[form] * math.exp(2.6592), rel=1e-5)
+
+
+def test_gradient_reaches_every_image_and_no_weight(clip: CLIPReward) -> None:
+    images = _images(2, 40, 40).requires_grad_()
+    clip.relative(images, _PROMPTS[:2], _PROMPTS[1:], torch.tensor([0.1, 0.2])).sum().backward()
+    assert images.grad is not None
+    assert images.grad.isfinite().all()
+    assert (images.grad.abs().flatten(1).amax(1) > 0).all()
+    assert not any(p.requires_grad for p in clip.model.parameters())
+    assert not clip.model.training
+
+
+def test_gradient_is_the_slope_of_the_score(clip: CLIPReward) -> None:
+    images = _images(1).requires_grad_()
+    (gradient,) = torch.autograd.grad(clip.score(images, _PROMPTS[:1]).sum(), images)
+    step = 1e-2 * gradient / gradient.norm()
+    ahead, behind = (clip.score(images.detach() + sign * step, _PROMPTS[:1]).item() for sign in (1, -1))
+    assert ahead - behind == pytest.approx(2e-2 * gradient.norm().item(), rel=2e-2)
+
+
+def test_prompt_embedding_is_cached_and_does_not_depend_on_its_batch(clip_shaped: Path) -> None:
+    together = CLIPReward(clip_shaped).embed_prompts(_PROMPTS)
+    reward = CLIPReward(clip_shaped)
+    calls: list[str] = []
+    original = reward._text_features
+
+    def counted(prompt: str) -> Tensor:
+        calls.append(prompt)
+        return original(prompt)
+
+    reward._text_features = counted  # type: ignore[method-assign]
+    alone = torch.cat([reward.embed_prompts([prompt]) for prompt in reversed(_PROMPTS)]).flip(0)
+    assert torch.equal(together, alone)
+    torch.testing.assert_close(alone.norm(dim=-1), torch.ones(3))
+    assert not alone.requires_grad
+    assert torch.equal(reward.embed_prompts(_PROMPTS * 2), together.repeat(2, 1))
+    assert sorted(calls) == sorted(_PROMPTS)
+
+
+def test_cached_embedding_is_safe_from_its_user(clip_shaped: Path) -> None:
+    reward = CLIPReward(clip_shaped)
+    first = reward.embed_prompts(_PROMPTS[:1])
+    kept = first.clone()
+    first.zero_()
+    assert torch.equal(reward.embed_prompts(_PROMPTS[:1]), kept)
+
+
+def test_long_prompt_is_truncated(clip: CLIPReward) -> None:
+    long = clip.embed_prompts(["red " * 500])
+    assert torch.equal(long, clip.embed_prompts(["red " * 600]))
+
+
+def test_autocast_embeds_in_bf16_near_the_fp32_score(clip_shaped: Path, clip: CLIPReward) -> None:
+    images = _images(3)
+    low = CLIPReward(clip_shaped, autocast=True).score(images, _PROMPTS)
+    exact = clip.score(images, _PROMPTS)
+    assert low.dtype == torch.float32
+    assert not torch.equal(low, exact)
+    torch.testing.assert_close(low, exact, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "preprocessor_config.json", "tokenizer_config.json"])
+def test_missing_file_of_a_reward_directory_is_named(clip_shaped: Path, tmp_path: Path, missing: str) -> None:
+    copy = tmp_path / "reward"
+    shutil.copytree(clip_shaped, copy)
+    (copy / missing).unlink()
+    with pytest.raises(InputError, match=rf"reward directory .* is incomplete: .*{missing} is missing$"):
+        CLIPReward(copy)
+
+
+@pytest.mark.parametrize("pattern", ["model.safetensors", "tokenizer.json"])
+def test_reward_directory_without_weights_or_vocabulary_is_refused(
+    clip_shaped: Path, tmp_path: Path, pattern: str
+) -> None:
+    copy = tmp_path / "reward"
+    shutil.copytree(clip_shaped, copy)
+    (copy / pattern).unlink()
+    with pytest.raises(InputError, match="reward directory"):
+        CLIPReward(copy)
+
+
+def test_truncated_weights_of_a_reward_are_refused(clip_shaped: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "reward"
+    shutil.copytree(clip_shaped, copy)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match="reward directory"):
+        CLIPReward(copy)
+
+
+def test_missing_reward_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"reward directory .*nowhere"):
+        CLIPReward(tmp_path / "nowhere")
+
+
+def test_tokenizer_and_processor_may_live_elsewhere(clip_shaped: Path, tmp_path: Path, clip: CLIPReward) -> None:
+    """PickScore's own repository has none; its processor is CLIP's."""
+    model, processor = tmp_path / "model", tmp_path / "processor"
+    for target in (model, processor):
+        target.mkdir()
+    for file in clip_shaped.iterdir():
+        shutil.copy(file, model if file.name in ("config.json", "model.safetensors") else processor)
+    images = _images(2)
+    moved = CLIPReward(model, processor=processor).score(images, _PROMPTS[:2])
+    assert torch.equal(moved, clip.score(images, _PROMPTS[:2]))
+    with pytest.raises(InputError, match=r"preprocessor_config\.json is missing"):
+        CLIPReward(model)
+
+
+# --- open_clip -------------------------------------------------------------------------------------------------------
+
+_ARCHITECTURE = "srpo-test-small"
+
+
+@pytest.fixture(scope="module")
+def open_clip_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint in fp16 under "state_dict", as HPSv2.1 is, of a small architecture made known here."""
+    folder = tmp_path_factory.mktemp("open-clip")
+    config = folder / f"{_ARCHITECTURE}.json"
+    config.write_text(
+        json.dumps(
+            {
+                "embed_dim": 16,
+                "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+                "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+            }
+        )
+    )
+    open_clip.add_model_config(config)
+    torch.manual_seed(5)
+    model = open_clip.create_model(_ARCHITECTURE)
+    path = folder / "reward.pt"
+    torch.save({"state_dict": {name: tensor.half() for name, tensor in model.state_dict().items()}}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def open_clip_reward(open_clip_file: Path) -> OpenCLIPReward:
+    return OpenCLIPReward(open_clip_file, architecture=_ARCHITECTURE)
+
+
+def test_open_clip_scores_are_its_own_cosines(open_clip_file: Path, open_clip_reward: OpenCLIPReward) -> None:
+    model = open_clip.create_model(_ARCHITECTURE).eval()
+    state = torch.load(open_clip_file, weights_only=True)["state_dict"]
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    tokenizer = open_clip.get_tokenizer(_ARCHITECTURE)
+    images, kappa = _images(3), torch.tensor([0.1, 0.5, 0.25])
+    with torch.no_grad():
+        pixels = _resize_crop_normalise(images, 32, model.visual.image_mean, model.visual.image_std)
+        features = normalize(model.encode_image(pixels), dim=-1)
+        texts = normalize(model.encode_text(tokenizer(_PROMPTS)), dim=-1)
+        cosine = features @ texts.T
+    assert cosine.std() > 1e-3
+    torch.testing.assert_close(open_clip_reward.score(images, _PROMPTS), cosine.diagonal(), rtol=0, atol=1e-5)
+    expected = (1 + kappa) * cosine.diagonal() - cosine.flip(1).diagonal()
+    got = open_clip_reward.relative(images, _PROMPTS, _PROMPTS[::-1], kappa)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def test_open_clip_checkpoint_is_held_in_fp32_and_frozen(open_clip_reward: OpenCLIPReward) -> None:
+    parameters = list(open_clip_reward.model.parameters())
+    assert {p.dtype for p in parameters} == {torch.float32}
+    assert not any(p.requires_grad for p in parameters)
+    assert not open_clip_reward.model.training
+
+
+def test_open_clip_normalises_with_openai_s_statistics(open_clip_reward: OpenCLIPReward) -> None:
+    assert list(open_clip_reward.image_mean) == pytest.approx([0.48145466, 0.4578275, 0.40821073])
+    assert list(open_clip_reward.image_std) == pytest.approx([0.26862954, 0.26130258, 0.27577711])
+
+
+def test_open_clip_gradient_reaches_every_image(open_clip_reward: OpenCLIPReward) -> None:
+    images = _images(2).requires_grad_()
+    open_clip_reward.relative(images, _PROMPTS[:2], _PROMPTS[1:], torch.tensor([0.1, 0.2])).sum().backward()
+    assert images.grad is not None
+    assert (images.grad.abs().flatten(1).amax(1) > 0).all()
+
+
+def test_open_clip_scale(open_clip_file: Path, open_clip_reward: OpenCLIPReward) -> None:
+    scaled = OpenCLIPReward(open_clip_file, architecture=_ARCHITECTURE, logit_scale=True, divisor=2.0)
+    factor = math.exp(torch.tensor(math.log(1 / 0.07)).half().item()) / 2
+    images = _images(2)
+    expected = factor * open_clip_reward.score(images, _PROMPTS[:2])
+    torch.testing.assert_close(scaled.score(images, _PROMPTS[:2]), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_missing_open_clip_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^reward checkpoint .*none\.pt does not exist$"):
+        OpenCLIPReward(tmp_path / "none.pt", architecture=_ARCHITECTURE)
+
+
+def test_unknown_architecture_is_refused(open_clip_file: Path) -> None:
+    with pytest.raises(InputError, match=r"^reward architecture 'ViT-Z' is not an open_clip model name$"):
+        OpenCLIPReward(open_clip_file, architecture="ViT-Z")
+
+
+@pytest.mark.parametrize("kind", ["other shapes", "missing keys", "surplus keys", "no state", "garbage", "truncated"])
+def test_wrong_open_clip_checkpoint_is_refused(open_clip_file: Path, tmp_path: Path, kind: str) -> None:
+    state = torch.load(open_clip_file, weights_only=True)["state_dict"]
+    name = "visual.proj"
+    path = tmp_path / "wrong.pt"
+    if kind == "garbage":
+        path.write_bytes(b"not a checkpoint")
+    elif kind == "truncated":
+        content = open_clip_file.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        if kind == "other shapes":
+            state[name] = state[name][:, :-1].clone()
+        elif kind == "missing keys":
+            del state[name]
+        elif kind == "surplus keys":
+            state["extra.weight"] = torch.zeros(1)
+        else:
+            state = {}
+        torch.save({"state_dict": state}, path)
+    with pytest.raises(InputError, match=rf"^reward checkpoint .*wrong\.pt does not fit {_ARCHITECTURE}: "):
+        OpenCLIPReward(path, architecture=_ARCHITECTURE)
+
+
+# --- from a recipe ---------------------------------------------------------------------------------------------------
+
+
+def test_recipe_s_objective_sets_scale_and_form(clip_shaped: Path) -> None:
+    config = RewardConfig(path=str(clip_shaped))
+    pickscore = load_reward(config, SRPOConfig.preset("pickscore"), device="cpu", autocast=False)
+    assert isinstance(pickscore, CLIPReward)
+    assert (pickscore.form, pickscore.scale) == ("official", pytest.approx(math.exp(2.6592) / 20, rel=1e-5))
+    for form, used in (("cfg", "cfg"), ("difference", "difference"), ("image_only", "official")):
+        reward = load_reward(config, SRPOConfig(form=form), device="cpu", autocast=True)
+        assert (reward.form, reward.scale, reward.autocast) == (used, 1.0, True)
+
+
+def test_recipe_s_open_clip_reward(open_clip_file: Path) -> None:
+    config = RewardConfig(path=str(open_clip_file), type="open_clip", architecture=_ARCHITECTURE)
+    assert isinstance(load_reward(config, SRPOConfig(), device="cpu", autocast=False), OpenCLIPReward)
