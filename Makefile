@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Models this small run fastest on one thread, many times so when the other core is busy.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint readme clean
+.PHONY: setup demo test lint readme gpu docs clean
 
 setup: $(VENV)/installed
 
@@ -20,11 +20,18 @@ demo: setup  ## SRPO on the tiny model, pictures and report under runs/
 
 test: setup lint  ## the whole suite
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops  # the same tests on the kernels themselves
+
+gpu:  ## test and time every operator on this machine's GPU, with the active Python, into benchmarks/results
+	$(PYTHON) -m benchmarks.gpu
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup  ## write docs/ops.md from the registry
+	$(BIN)/python docs/ops.py
 
 readme: setup  ## measure the demo again and put its table and picture into the README
 	rm -rf runs/readme

@@ -98,9 +98,11 @@ def _forward_backward(form: Callable[..., Tensor], case: Case, inputs: dict[str,
 
 def _environment() -> dict[str, Any]:
     query = "name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw,clocks_throttle_reasons.active"
-    smi = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True)
+    smi = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True
+    )
     sha = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
-    packages = {}
+    packages: dict[str, str | None] = {}
     for package in ("torch", "triton", "torchvision"):
         try:
             packages[package] = version(package)

@@ -29,9 +29,12 @@ class ModelConfig:
     path: str
     precision: Precision = "fp32"
     max_sequence_length: int = 512  # T5 tokens
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # recompute transformer blocks and the whole image path in backward
+    image_chunk: int | None = None  # with it: images decoded and scored at a time; null: all of a batch
 
     def __post_init__(self) -> None:
+        if self.image_chunk is not None and self.image_chunk < 1:
+            raise ValueError(f"model.image_chunk must be at least 1 or null, got {self.image_chunk}")
         if not 1 <= self.max_sequence_length <= 512:
             raise ValueError(f"model.max_sequence_length must be in [1, 512], got {self.max_sequence_length}")
 

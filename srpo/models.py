@@ -20,6 +20,7 @@ from torch import Tensor
 from srpo.errors import InputError
 from srpo.files import has_vocabulary
 from srpo.latents import image_ids, pack, unpack
+from srpo.objective import LatentLayout
 
 __all__ = ["Conditioning", "Flux", "Precision", "check_image_size", "check_model_directory"]
 
@@ -134,12 +135,20 @@ class Flux:
             )[0]
         return predicted.to(x_t.dtype)
 
-    def decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] from packed latents; differentiable."""
+    def layout(self, size: tuple[int, int]) -> LatentLayout:
+        """How packed latents of a `size` image become what `decode` takes."""
         config = self.vae.config
-        tokens = unpack(latents, *self.latent_size(*size)) / config.scaling_factor + config.shift_factor
-        decoded = self.vae.decode(tokens.to(self.vae.dtype), return_dict=False)[0]
+        return LatentLayout(self.latent_size(*size), config.scaling_factor, config.shift_factor)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] from VAE latents [B, C, h, w] in the VAE's own scale; differentiable."""
+        decoded = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+    def decode_packed(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] from packed latents [B, S, 4C]."""
+        layout = self.layout(size)
+        return self.decode(unpack(tokens, *layout.size) / layout.scaling_factor + layout.shift_factor)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
@@ -148,11 +157,6 @@ class Flux:
         pixels = (images * 2 - 1).to(self.device, self.vae.dtype)
         latents = self.vae.encode(pixels, return_dict=False)[0].mode().float()
         return pack((latents - config.shift_factor) * config.scaling_factor)
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute transformer blocks and decoder blocks in backward instead of keeping their activations."""
-        self.transformer.enable_gradient_checkpointing()
-        self.vae.enable_gradient_checkpointing()
 
 
 def check_image_size(height: int, width: int, *, multiple: int) -> None:

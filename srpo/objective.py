@@ -10,15 +10,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from srpo_kernels import inject_noise, recover
+from srpo_kernels import checkpointed_reward, inject_noise, recover
 
-__all__ = ["Branch", "RelativeReward", "SRPOConfig", "SRPOOutput", "branches", "draw_timestep", "srpo_loss"]
+__all__ = [
+    "Branch",
+    "LatentLayout",
+    "RelativeReward",
+    "SRPOConfig",
+    "SRPOOutput",
+    "branches",
+    "draw_timestep",
+    "srpo_loss",
+]
 
 Form = Literal["official", "difference", "cfg", "image_only"]
 
@@ -187,6 +196,15 @@ class SRPOOutput:
     x0_hat: Tensor  # [K*B, ...], the recovered images
 
 
+@dataclass(frozen=True)
+class LatentLayout:
+    """How packed tokens become the decoder's latents: their size (h, w) and the VAE's scale."""
+
+    size: tuple[int, int]
+    scaling_factor: float = 1.0
+    shift_factor: float = 0.0
+
+
 def srpo_loss(
     x0: Tensor,
     noise: Tensor,
@@ -199,6 +217,9 @@ def srpo_loss(
     reward: RelativeReward,
     threshold: float | None = 0.7,
     twin_noise: Tensor | None = None,
+    latent: LatentLayout | None = None,
+    checkpoint: bool = False,
+    chunk: int | None = None,
 ) -> SRPOOutput:
     """The SRPO loss of one clean batch, all branches in one call of model, decoder and reward.
 
@@ -213,6 +234,10 @@ def srpo_loss(
             images divided by K; the loss is the sum over branches.
         twin_noise: [K*B, 3, H, W]. When given, prompts play no part: the score is reward(image) -
             reward(image + twin_noise), negated where the branch swaps its prompts (the form for image-only rewards).
+        latent: x0 is packed tokens [B, h*w/4, 4C], and x0_hat is handed to `decode` as VAE latents [K*B, C, h, w],
+            unpacked and rescaled in the pass that recovers it.
+        checkpoint: keep nothing of the path from the velocity to the scores and recompute it in backward. chunk: then
+            decode and score this many images at a time (default all).
 
     Raises:
         ValueError: no branches, or `captions` does not have B entries.
@@ -228,21 +253,35 @@ def srpo_loss(
         dtype = torch.promote_types(x0.dtype, torch.float32)
         return torch.tensor(values, dtype=dtype, device=x0.device).expand(batch, count)
 
-    sigma_from = per_branch([branch.sigma_from for branch in branches])
-    sigma_to = per_branch([branch.sigma_to for branch in branches])
-    x_t = inject_noise(x0, noise, sigma_from)
-    x0_hat = recover(x_t, noise, velocity(x_t, sigma_from.T.reshape(-1)), sigma_from, sigma_to)
-    images = decode(x0_hat)
+    def per_row(values: list[float]) -> Tensor:
+        """[K*B]"""
+        return per_branch(values).T.reshape(-1)
 
-    if twin_noise is None:
-        positive = [f"{controls[branch.swap_prompts]}. {caption}" for branch in branches for caption in captions]
-        negative = [f"{controls[not branch.swap_prompts]}. {caption}" for branch in branches for caption in captions]
-        kappa = per_branch([branch.kappa for branch in branches]).T.reshape(-1)
-        scores = reward.relative(images, positive, negative, kappa)
+    positive = [f"{controls[branch.swap_prompts]}. {caption}" for branch in branches for caption in captions]
+    negative = [f"{controls[not branch.swap_prompts]}. {caption}" for branch in branches for caption in captions]
+    kappa = per_row([branch.kappa for branch in branches])
+    sign = per_row([-1.0 if branch.swap_prompts else 1.0 for branch in branches])
+
+    def score(images: Tensor, rows: slice) -> Tensor:
+        if twin_noise is None:
+            return reward.relative(images, positive[rows], negative[rows], kappa[rows])
+        prompts = (list(captions) * count)[rows]
+        twins = (images + twin_noise[rows]).clamp(0, 1)
+        return sign[rows] * (reward.score(images, prompts) - reward.score(twins, prompts))
+
+    start = per_branch([branch.sigma_from for branch in branches])
+    end = per_branch([branch.sigma_to for branch in branches])
+    x_t = inject_noise(x0, noise, start)
+    v = velocity(x_t, start.T.reshape(-1))
+    layout: dict[str, Any] = {}
+    if latent is not None:
+        layout = dict(unpack=latent.size, scaling_factor=latent.scaling_factor, shift_factor=latent.shift_factor)
+    if checkpoint:
+        scores = checkpointed_reward(x_t, noise, v, start, end, **layout, decode=decode, score=score, chunk=chunk)
+        x0_hat = recover(x_t, noise, v.detach(), start, end, **layout)
     else:
-        prompts = list(captions) * count
-        sign = per_branch([-1.0 if branch.swap_prompts else 1.0 for branch in branches]).T.reshape(-1)
-        scores = sign * (reward.score(images, prompts) - reward.score((images + twin_noise).clamp(0, 1), prompts))
+        x0_hat = recover(x_t, noise, v, start, end, **layout)
+        scores = score(decode(x0_hat), slice(0, count * batch))
 
     penalties = -scores if threshold is None else torch.relu(threshold - scores)
     branch_losses = penalties.reshape(count, batch).mean(1) / count

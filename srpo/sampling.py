@@ -58,7 +58,7 @@ def sample_images(
     for start in range(0, len(prompts), batch):
         rows = slice(start, start + batch)
         latents = rollout(flux, noise[rows], prompts[rows], size=size, steps=steps, shift=shift, guidance=guidance)
-        images.append(flux.decode(latents, size).cpu())
+        images.append(flux.decode_packed(latents, size).cpu())
     return torch.cat(images)
 
 

@@ -92,7 +92,7 @@ class Trainer:
             trainable=True,
         )
         if config.model.gradient_checkpointing:
-            self.flux.enable_gradient_checkpointing()
+            self.flux.transformer.enable_gradient_checkpointing()
         named = dict(self.flux.transformer.named_parameters())
         self.names, self.parameters = list(named), list(named.values())
         self.optimizer = torch.optim.AdamW(
@@ -232,10 +232,13 @@ class Trainer:
             velocity=partial(
                 self.flux.velocity, conditioning=conditioning, guidance=objective.guidance, size=self.size
             ),
-            decode=partial(self.flux.decode, size=self.size),
+            decode=self.flux.decode,
             reward=self.reward,
             threshold=objective.threshold,
             twin_noise=twin,
+            latent=self.flux.layout(self.size),
+            checkpoint=self.config.model.gradient_checkpointing,
+            chunk=self.config.model.image_chunk,
         )
         names = tuple(branch.name for branch in pair)
         scores = output.scores.reshape(len(pair), len(captions))

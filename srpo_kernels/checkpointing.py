@@ -57,7 +57,9 @@ def checkpointed_reward(
     branches = max(branches, others)
     batch = rows // branches
 
-    def region(x_t: Tensor, noise: Tensor | NoisePrior, velocity: Tensor, start: Tensor, end: Tensor, at: slice) -> Tensor:
+    def region(
+        x_t: Tensor, noise: Tensor | NoisePrior, velocity: Tensor, start: Tensor, end: Tensor, at: slice
+    ) -> Tensor:
         latents = recover(
             x_t,
             noise,

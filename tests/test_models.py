@@ -206,7 +206,7 @@ def test_precision_and_what_is_trained(
     # The interface stays in fp32 whatever the precision.
     text = flux.encode_prompts(_PROMPTS)
     v = flux.velocity(_noise(2, 1), torch.tensor([0.9, 0.4]), text, 3.5, _TINY)
-    images = flux.decode(_noise(2, 1), _TINY)
+    images = flux.decode_packed(_noise(2, 1), _TINY)
     assert (v.dtype, images.dtype, flux.encode_images(images).dtype) == (torch.float32,) * 3
     assert v.isfinite().all()
     assert v.requires_grad == trainable
@@ -309,13 +309,13 @@ def test_gradient_flows_through_velocity_and_decoder(flux_shaped: Path) -> None:
 
     def gradients() -> list[Tensor]:
         v = flux.velocity(x_t, torch.tensor([0.5]), text, 3.5, _TINY)
-        loss = flux.decode(v, _TINY).square().mean()
+        loss = flux.decode_packed(v, _TINY).square().mean()
         return list(torch.autograd.grad(loss, [x_t, *flux.transformer.parameters()], allow_unused=True))
 
     plain = gradients()
     assert all(gradient is not None and gradient.isfinite().all() for gradient in plain)
     assert plain[0].abs().max() > 0
-    flux.enable_gradient_checkpointing()
+    flux.transformer.enable_gradient_checkpointing()
     flux.transformer.train()
     assert flux.transformer.is_gradient_checkpointing
     for got, expected in zip(gradients(), plain, strict=True):
@@ -325,7 +325,7 @@ def test_gradient_flows_through_velocity_and_decoder(flux_shaped: Path) -> None:
 @torch.no_grad()
 def test_decoding_is_the_vae_of_scaled_and_shifted_latents(flux: Flux) -> None:
     latents = _noise(2)
-    images = flux.decode(latents, _SIZE)
+    images = flux.decode_packed(latents, _SIZE)
     assert tuple(images.shape) == (2, 3, *_SIZE)
     unpacked = FluxPipeline._unpack_latents(latents, *_SIZE, 8)
     expected = (flux.vae.decode(unpacked / 0.3611 + 0.1159).sample / 2 + 0.5).clamp(0, 1)
@@ -340,7 +340,7 @@ def test_encoding_is_the_mean_of_the_vae_s_posterior(flux: Flux) -> None:
     mean = flux.vae.encode(images * 2 - 1).latent_dist.mean
     expected = FluxPipeline._pack_latents((mean - 0.1159) * 0.3611, 2, 16, 4, 6)
     torch.testing.assert_close(latents, expected, rtol=0, atol=1e-6)
-    again = flux.decode(latents, _SIZE)
+    again = flux.decode_packed(latents, _SIZE)
     assert again.shape == images.shape
     torch.testing.assert_close(again, (flux.vae.decode(mean).sample / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
 

@@ -272,17 +272,17 @@ def test_recover_with_unpack_equals_the_composed_form(size: tuple[int, int], dty
         (
             lambda x: inject_noise(x.long(), x, 0.5),
             TypeError,
-            "inject_noise: x0 must be a floating point tensor, got torch.int64",
+            "inject_noise: x0 must be a float32, float16 or bfloat16 tensor, got torch.int64",
         ),
         (
             lambda _: inject_noise([1.0], 0, 0.5),
             TypeError,
-            "inject_noise: x0 must be a floating point tensor, got list",
+            "inject_noise: x0 must be a float32, float16 or bfloat16 tensor, got list",
         ),
         (
             lambda x: inject_noise(x, x.long(), 0.5),
             TypeError,
-            "inject_noise: noise must be a floating point tensor, got torch.int64",
+            "inject_noise: noise must be a float32, float16 or bfloat16 tensor, got torch.int64",
         ),
         (lambda x: inject_noise(x[0, 0], x, 0.5), ValueError, "inject_noise: x0 must have a batch dimension"),
         (
@@ -321,12 +321,12 @@ def test_recover_with_unpack_equals_the_composed_form(size: tuple[int, int], dty
         (
             lambda x: recover(x.long(), x, x, 0.5, 0.1),
             TypeError,
-            "recover: x_t must be a floating point tensor, got torch.int64",
+            "recover: x_t must be a float32, float16 or bfloat16 tensor, got torch.int64",
         ),
         (
             lambda x: recover(x, x, x.long(), 0.5, 0.1),
             TypeError,
-            "recover: velocity must be a floating point tensor, got torch.int64",
+            "recover: velocity must be a float32, float16 or bfloat16 tensor, got torch.int64",
         ),
         (
             lambda x: recover(x, x, x[:2], 0.5, 0.1),
@@ -500,10 +500,10 @@ def test_relative_reward_takes_strided_and_empty_inputs() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"image": torch.zeros(2, 4).long()}, TypeError, "image must be a floating point tensor, got torch.int64"),
-        ({"positive": [1.0]}, TypeError, "positive must be a floating point tensor, got list"),
-        ({"negative": _INT}, TypeError, "negative must be a floating point tensor, got torch.int32"),
-        ({"projection": _INT}, TypeError, "projection must be a floating point tensor, got torch.int32"),
+        ({"image": _INT}, TypeError, "image must be a float32, float16 or bfloat16 tensor, got torch.int32"),
+        ({"positive": [1.0]}, TypeError, "positive must be a float32, float16 or bfloat16 tensor, got list"),
+        ({"negative": _INT}, TypeError, "negative must be a float32, float16 or bfloat16 tensor, got torch.int32"),
+        ({"projection": _INT}, TypeError, "projection must be a float32, float16 or bfloat16 tensor, got torch.int32"),
         ({"negative": torch.zeros(2, 4, device="meta")}, ValueError, "image is on cpu but negative is on meta"),
         ({"form": "paper"}, ValueError, "form must be one of ['cfg', 'difference', 'official'], got 'paper'"),
         ({"image": torch.zeros(2, 1, 4)}, ValueError, "image must be [B, D], got [2, 1, 4]"),

@@ -88,8 +88,9 @@ def test_measurements_follow_known_changes(data: Digits) -> None:
 def test_captions_say_what_is_true(data: Digits) -> None:
     z = data.stats.z_scores(data.images, data.labels)
     words, rng = attribute_words(z), np.random.default_rng(0)
-    texts = [random_caption(label, true, rng, plain=0.5)
-             for label, true in zip(data.labels.tolist(), words, strict=True)]
+    texts = [
+        random_caption(label, true, rng, plain=0.5) for label, true in zip(data.labels.tolist(), words, strict=True)
+    ]
     bold = torch.tensor(["bold" in text for text in texts])
     assert 0.05 < bold.float().mean() < 0.3
     assert (z["stroke"][bold] > 0).all()
@@ -157,9 +158,17 @@ def test_prompted_attributes_appear(pipeline: FluxPipeline, judge: Judge) -> Non
 
     def mean(word: str, attribute: str) -> float:
         prompts = [caption(i % 10, [word + "."]) for i in range(20)]
-        images = pipeline(prompts, height=32, width=32, latents=noise, num_inference_steps=10, max_sequence_length=16,
-                          output_type="pt").images
+        images = pipeline(
+            prompts,
+            height=32,
+            width=32,
+            latents=noise,
+            num_inference_steps=10,
+            max_sequence_length=16,
+            output_type="pt",
+        ).images
         return judge.measure(images, torch.arange(20) % 10)[attribute]
+
     assert mean("bold", "stroke") > mean("thin", "stroke") + 1
     assert mean("red", "colour") > mean("blue", "colour") + 1
 

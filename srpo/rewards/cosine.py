@@ -11,12 +11,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import normalize
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as vision
 
 from srpo.errors import InputError
 from srpo.files import has_vocabulary
-from srpo_kernels import RELATIVE_FORMS, relative_reward
+from srpo_kernels import RELATIVE_FORMS, relative_reward, resize_normalize
 
 __all__ = ["CLIPReward", "CosineReward", "OpenCLIPReward"]
 
@@ -48,10 +46,7 @@ class CosineReward(ABC):
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] in [0, 1] to the tower's input: antialiased bicubic resize, centre crop, normalise."""
-        size = [self.image_size]
-        resized = vision.resize(images, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
-        cropped = vision.center_crop(resized, size * 2)
-        return vision.normalize(cropped, list(self.image_mean), list(self.image_std))
+        return resize_normalize(images, self.image_size, self.image_mean, self.image_std, value_range=(0, 1))
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Image embeddings [N, D], fp32, not normalised; differentiable."""

@@ -191,10 +191,8 @@ def _launch(
 ) -> Tensor:
     rows = x_t.shape[0]
     channels = x_t.shape[2] // 4 if size else 1
-    if size:
-        out = x_t.new_empty(rows, size[0], size[1], channels).permute(0, 3, 1, 2)
-    else:
-        out = x_t.new_empty(x_t.shape)
+    shape = (rows, *size, channels) if size else x_t.shape
+    out = x_t.new_empty(shape)
     if out.numel():
         count = x_t[0].numel()
         block, warps = elementwise(count, x_t, multiple=4 * channels)
@@ -217,4 +215,4 @@ def _launch(
                 num_warps=warps,
                 **source,
             )
-    return out
+    return out.permute(0, 3, 1, 2) if size else out

@@ -19,7 +19,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-#: sin(x) = x + x^3 P(x^2) and cos(x) = 1 - x^2/2 + x^4 Q(x^2) on [-pi/4, pi/4], highest power first (Cephes sinf, cosf).
+#: sin(x) = x + x^3 P(x^2) and cos(x) = 1 - x^2/2 + x^4 Q(x^2) on [-pi/4, pi/4], highest power first (Cephes).
 SIN = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
 COS = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
 

@@ -209,7 +209,9 @@ def recover(
     if unpack is not None:
         fits = x_t.ndim == 3 and x_t.shape[1] * 4 == unpack[0] * unpack[1] and x_t.shape[2] % 4 == 0
         if not fits or unpack[0] % 2 or unpack[1] % 2:
-            raise ValueError(f"recover: unpack={unpack} needs x_t of [B, h*w/4, 4C], h and w even, got {list(x_t.shape)}")
+            raise ValueError(
+                f"recover: unpack={unpack} needs x_t of [B, h*w/4, 4C], h and w even, got {list(x_t.shape)}"
+            )
     if not isinstance(sigma_to, Tensor) and sigma_to >= 1.0:
         raise ValueError(f"recover: sigma_to must be below 1 (nothing of the image is left at 1), got {sigma_to}")
     start, branches = row_sigma("recover", "sigma_from", sigma_from, x_t)
@@ -243,7 +245,7 @@ def recover(
 
 describe(
     recover,
-    formula="(x_t + (sigma_to - sigma_from) velocity - sigma_to noise) / (1 - sigma_to) / scaling_factor + shift_factor",
+    formula="(x_t + (sigma_to - sigma_from) v - sigma_to noise) / (1 - sigma_to) / scaling_factor + shift_factor",
     shapes="x_t, velocity [K*B, ...], noise [B or 1, ...] or NoisePrior -> [K*B, ...]; unpack=(h, w): [K*B, h*w/4, 4C] "
     "-> [K*B, C, h, w] channels_last",
     saved="none (the sigmas)",

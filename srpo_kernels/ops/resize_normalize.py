@@ -165,8 +165,9 @@ def resize_normalize(
         mean, std: C numbers each, for images in [0, 1].
         value_range: what maps to 0 and to 1.
         antialias: widen the filter when the image is reduced, as torchvision does.
-        clamp_gradient: "hard" is the clamp's own gradient, 0 for values outside the range and 1 on its bounds (torch.clamp's
-            until 2.14); "straight_through" ignores the clamp in backward, so that a saturated pixel can come back.
+        clamp_gradient: "hard" is the clamp's own gradient, 0 outside the range and 1 on its bounds (where torch.clamp
+            gives 1, and 0 from torch 2.15 on); "straight_through" ignores the clamp in backward, so that a saturated
+            pixel can come back.
 
     Returns:
         [B, C, size, size] in the dtype and memory format of the image; computed in fp32. Not clamped again: a bicubic

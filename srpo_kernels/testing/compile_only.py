@@ -53,9 +53,7 @@ def compile_for(kernel: Any, arguments: Mapping[str, Any], *, architecture: int 
     types = {name: value for name, value in arguments.items() if isinstance(value, str) and _TYPE.fullmatch(value)}
     constants = {name: value for name, value in arguments.items() if name not in types}
     signature = {name: types.get(name, "constexpr") for name in arguments}
-    hints = {
-        (index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind[0] in "*i"
-    }
+    hints = {(index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind[0] in "*i"}
     source = ASTSource(kernel, signature, constants, hints)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

@@ -11,6 +11,7 @@ from torch import Tensor
 import srpo_kernels as sk
 from srpo_kernels.ops.inject_noise import _branch_sum, _forward, _forward_prior, inject_noise_reference
 from srpo_kernels.testing import check_against_reference
+from srpo_kernels.testing.compile_only import ARCHITECTURES, compile_for
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -93,4 +94,56 @@ def test_compiles_without_graph_breaks(device: str) -> None:
 
 def test_gradcheck(device: str) -> None:
     x0, noise, sigma = (t.double() for t in tensors(2, 5, 2, torch.float32, device).values())
-    assert torch.autograd.gradcheck(lambda a, b: sk.inject_noise(a, b, sigma), (x0.requires_grad_(), noise.requires_grad_()))
+    assert torch.autograd.gradcheck(
+        lambda a, b: sk.inject_noise(a, b, sigma), (x0.requires_grad_(), noise.requires_grad_())
+    )
+
+
+# --- compiled for GPUs that are not there -------------------------------------------------------
+
+
+@pytest.mark.compile_only
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("kind", "block"), [("*bf16", 2048), ("*fp32", 1024)])
+@pytest.mark.parametrize("prior", [False, True])
+def test_forward_resources(architecture: int, kind: str, block: int, prior: bool) -> None:
+    import triton.language as tl
+
+    from srpo_kernels._triton.inject_noise import inject_noise_kernel
+
+    arguments = dict(
+        x0_ptr=kind,
+        noise_ptr=kind,
+        sigma_ptr="*fp32",
+        out_ptr=kind,
+        count="i32",
+        noise_stride="i32",
+        seed="i64",
+        offset="i64",
+        BRANCHES=2,
+        PRIOR=prior,
+        SHARED=False,
+        ACC=tl.float32,
+        BLOCK=block,
+    )
+    compiled = compile_for(inject_noise_kernel, arguments, architecture=architecture, num_warps=4)
+    assert compiled.stack == 0
+    assert compiled.widest_load() == 16
+    assert compiled.widest_store() == 16
+
+
+@pytest.mark.compile_only
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("kind", "block"), [("*bf16", 2048), ("*fp32", 1024)])
+def test_branch_sum_resources(architecture: int, kind: str, block: int) -> None:
+    import triton.language as tl
+
+    from srpo_kernels._triton.inject_noise import branch_sum_kernel
+
+    arguments = dict(
+        gradient_ptr=kind, weight_ptr="*fp32", out_ptr=kind, count="i32", BRANCHES=2, ACC=tl.float32, BLOCK=block
+    )
+    compiled = compile_for(branch_sum_kernel, arguments, architecture=architecture, num_warps=4)
+    assert compiled.stack == 0
+    assert compiled.widest_load() == 16
+    assert compiled.widest_store() == 16

@@ -62,7 +62,9 @@ def test_within_budget(shape: tuple[int, ...], dtype: torch.dtype, shared: bool,
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("size", "channels"), [((8, 8), 16), ((6, 10), 4), ((2, 2), 1), ((90, 4), 16), ((4, 6), 3)], ids=str)
+@pytest.mark.parametrize(
+    ("size", "channels"), [((8, 8), 16), ((6, 10), 4), ((2, 2), 1), ((90, 4), 16), ((4, 6), 3)], ids=str
+)
 def test_unpack_within_budget(size: tuple[int, int], channels: int, dtype: torch.dtype, device: str) -> None:
     inputs = tensors(1, (size[0] * size[1] // 4, 4 * channels), 2, dtype, device)
     fused = partial(sk.recover, unpack=size, **VAE)
@@ -92,7 +94,10 @@ def test_undoes_inject_noise_for_the_true_velocity(dtype: torch.dtype, device: s
     x0 = torch.randn(2, 8, 16, device=device, dtype=torch.float64)
     prior = sk.NoisePrior(5)
     noise = prior.sample((2, 8, 16), device=device).double()
-    start, end = torch.tensor([[0.9, 0.2], [0.5, 0.1]], device=device), torch.tensor([[0.6, 0.4], [0.3, 0.0]], device=device)
+    start, end = (
+        torch.tensor([[0.9, 0.2], [0.5, 0.1]], device=device),
+        torch.tensor([[0.6, 0.4], [0.3, 0.0]], device=device),
+    )
     x_t = sk.inject_noise(x0, prior, start)
     velocity = (noise - x0).repeat(2, 1, 1)
     torch.testing.assert_close(sk.recover(x_t, prior, velocity, start, end), x0.repeat(2, 1, 1), rtol=1e-6, atol=1e-6)
@@ -103,9 +108,7 @@ def test_undoes_inject_noise_for_the_true_velocity(dtype: torch.dtype, device: s
 def test_awkward_layouts(device: str) -> None:
     inputs = tensors(2, (4, 8), 1, torch.float32, device)
     expected = sk.recover(**inputs)
-    strange = {
-        name: inputs[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("x_t", "noise", "velocity")
-    }
+    strange = {name: inputs[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("x_t", "noise", "velocity")}
     assert torch.equal(sk.recover(**{**inputs, **strange}), expected)
     assert sk.recover(inputs["x_t"][:0], inputs["noise"][:0], inputs["velocity"][:0], 0.5, 0.4).shape == (0, 4, 8)
     velocity = inputs["velocity"].clone().requires_grad_()

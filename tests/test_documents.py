@@ -1,0 +1,56 @@
+"""What is generated is up to date, and the commands around the operators answer."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import srpo_kernels
+from srpo_kernels.__main__ import table
+from srpo_kernels.ops._register import OPS
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_ops_page_is_what_the_registry_says() -> None:
+    spec = importlib.util.spec_from_file_location("ops_page", ROOT / "docs/ops.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs/ops.md").read_text() == module.document(), "run `make docs`"
+
+
+def test_every_public_operator_is_described_tested_and_timed() -> None:
+    exported = {name for name in srpo_kernels.__all__ if inspect.isfunction(getattr(srpo_kernels, name))}
+    assert exported - {"checkpointed_reward"} == set(OPS)
+    timed = (ROOT / "benchmarks/cases.py").read_text()
+    for name, info in OPS.items():
+        assert (ROOT / f"tests/ops/test_{info.function.__module__.rpartition('.')[2]}.py").is_file()
+        assert f"sk.{name}(" in timed
+        for schema in info.schemas:
+            assert hasattr(torch.ops.srpo, schema)
+
+
+def test_table_names_operators_and_backends() -> None:
+    text = table()
+    for name, info in OPS.items():
+        line = next(line for line in text.splitlines() if line.startswith(f"{name} "))
+        assert "CPU/CUDA" in line
+        assert info.formula in line
+    assert f"torch {torch.__version__}" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_command_fails_clearly_and_at_once_without_a_gpu(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "results")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 4
+    assert done.stderr.startswith("benchmarks.gpu: no NVIDIA GPU visible to torch")
+    assert not (tmp_path / "results").exists()
