@@ -72,8 +72,15 @@ def sample(pipeline: FluxPipeline, count: int, *, seed: int = 0, steps: int = 20
     labels = torch.arange(count) % len(NAMES)
     noise = torch.randn(count, SIZE * SIZE // 64, 16, generator=torch.Generator().manual_seed(seed))
     pipeline.set_progress_bar_config(disable=True)
-    images = pipeline([caption(label) for label in labels.tolist()], height=SIZE, width=SIZE, latents=noise,
-                      num_inference_steps=steps, max_sequence_length=LENGTH, output_type="pt").images
+    images = pipeline(
+        [caption(label) for label in labels.tolist()],
+        height=SIZE,
+        width=SIZE,
+        latents=noise,
+        num_inference_steps=steps,
+        max_sequence_length=LENGTH,
+        output_type="pt",
+    ).images
     return images, labels
 
 
@@ -84,26 +91,45 @@ def _train_and_save(out: Path, seed: int, steps: Steps, progress: Progress) -> d
     tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
     vae, clip = models.vae(), models.clip(tokenizer)
     transformer, t5 = models.transformer(), models.t5(tokenizer_2)
-    losses = {"vae": train_vae(vae, data, steps.vae, progress),
-              "clip": train_clip(clip, tokenizer, vae, data, steps.clip, rng, progress)}
-    losses["flow"] = train_flow(transformer, t5, clip, (tokenizer, tokenizer_2), vae, data, steps.flow, rng, progress)
+    losses = {}
+    losses["vae"], latents = train_vae(vae, data, steps.vae, progress)
+    losses["clip"] = train_clip(clip, tokenizer, vae, data, latents, steps.clip, rng, progress)
+    losses["flow"] = train_flow(
+        transformer, t5, clip, (tokenizer, tokenizer_2), data, latents, steps.flow, rng, progress
+    )
 
     pipeline = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False), vae=vae,
-        text_encoder=_text_tower(clip), tokenizer=tokenizer, text_encoder_2=t5, tokenizer_2=tokenizer_2,
-        transformer=transformer)
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False),
+        vae=vae,
+        text_encoder=_text_tower(clip),
+        tokenizer=tokenizer,
+        text_encoder_2=t5,
+        tokenizer_2=tokenizer_2,
+        transformer=transformer,
+    )
     pipeline.save_pretrained(out / "pipeline")
     clip.save_pretrained(out / "reward")
     tokenizer.save_pretrained(out / "reward")
-    CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3,
-                       image_std=[0.5] * 3).save_pretrained(out / "reward")
+    CLIPImageProcessor(
+        size={"shortest_edge": SIZE},
+        crop_size={"height": SIZE, "width": SIZE},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    ).save_pretrained(out / "reward")
     quality = Judge.load().measure(*sample(pipeline, 300))
     progress("quality: " + ", ".join(f"{key} {value:.3f}" for key, value in quality.items()))
-    return {"seed": seed, "steps": asdict(steps), "seconds": round(time.monotonic() - started, 1),
-            # "last" is the mean of the last tenth, as single batches are noisy
-            "losses": {key: {"first": values[0], "last": float(np.mean(values[-max(1, len(values) // 10):]))}
-                       for key, values in losses.items()},
-            "quality": quality, "versions": {name: version(name) for name in LIBRARIES}}
+    return {
+        "seed": seed,
+        "steps": asdict(steps),
+        "seconds": round(time.monotonic() - started, 1),
+        # "last" is the mean of the last tenth, as single batches are noisy
+        "losses": {
+            key: {"first": values[0], "last": float(np.mean(values[-max(1, len(values) // 10) :]))}
+            for key, values in losses.items()
+        },
+        "quality": quality,
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
 
 
 def _text_tower(clip: CLIPModel) -> CLIPTextModel:
@@ -115,15 +141,16 @@ def _text_tower(clip: CLIPModel) -> CLIPTextModel:
 
 @contextmanager
 def _reproducible(seed: int) -> Iterator[None]:
-    """Seeded, deterministic torch on one thread; the caller's generator state and settings come back afterwards."""
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    """Torch seeded and on one thread; the caller's generator state and thread count come back afterwards.
+
+    How sums round depends on the number of threads, and models this small gain little from a second one.  On one
+    thread the CPU's operators are deterministic.
+    """
+    threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
         try:
             torch.manual_seed(seed)
-            # Sums over another number of threads round differently, and models this small gain little from a second.
             torch.set_num_threads(1)
-            torch.use_deterministic_algorithms(True)
             yield
         finally:
             torch.set_num_threads(threads)
-            torch.use_deterministic_algorithms(deterministic)

@@ -20,15 +20,32 @@ from scipy.ndimage import distance_transform_edt
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-__all__ = ["ATTRIBUTES", "NAMES", "SIZE", "Digits", "Stats", "attribute_words", "caption", "export_images", "ink",
-           "load", "measure", "random_caption", "tint"]
+__all__ = [
+    "ATTRIBUTES",
+    "NAMES",
+    "SIZE",
+    "Digits",
+    "Stats",
+    "attribute_words",
+    "caption",
+    "export_images",
+    "ink",
+    "load",
+    "measure",
+    "random_caption",
+    "tint",
+]
 
 SIZE = 32
 FINE = 64  # the digits are drawn at this size first
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # Attribute -> the word for a high value, the word for a low one.
-ATTRIBUTES = {"stroke": ("bold", "thin"), "slant": ("slanted", "upright"), "aspect": ("wide", "narrow"),
-              "colour": ("red", "blue")}
+ATTRIBUTES = {
+    "stroke": ("bold", "thin"),
+    "slant": ("slanted", "upright"),
+    "aspect": ("wide", "narrow"),
+    "colour": ("red", "blue"),
+}
 TRAIN_DIGITS = 1400
 DARKEST = 0.08  # the smallest channel of every ink, so that coverage does not depend on its colour
 NAMED = 0.6  # an attribute gets a word when it is this many standard deviations from its class's mean
@@ -96,8 +113,10 @@ def caption(label: int, words: Sequence[str] = ()) -> str:
 def attribute_words(z: dict[str, Tensor]) -> list[list[str]]:
     """The words that are true of each image, from its z-scores: ["bold", "red"] for a broad stroke in red ink."""
     columns = [(ATTRIBUTES[key], value.tolist()) for key, value in z.items()]
-    return [[pair[values[i] < 0] for pair, values in columns if abs(values[i]) > NAMED]
-            for i in range(len(next(iter(z.values()))))]
+    return [
+        [pair[values[i] < 0] for pair, values in columns if abs(values[i]) > NAMED]
+        for i in range(len(next(iter(z.values()))))
+    ]
 
 
 def random_caption(label: int, words: Sequence[str], rng: np.random.Generator, *, plain: float) -> str:
@@ -168,8 +187,10 @@ def load(*, seed: int = 0, copies: int = 8) -> Digits:
     train, train_labels = _outlines(digits[:TRAIN_DIGITS]), labels[:TRAIN_DIGITS].repeat(copies)
     images = torch.cat([_write(train, rng) for _ in range(copies)])
     values = measure(images)
-    table = {key: torch.stack([torch.stack([v[train_labels == c].mean(), v[train_labels == c].std()])
-                               for c in range(10)]) for key, v in values.items()}
+    table = {
+        key: torch.stack([torch.stack([v[train_labels == c].mean(), v[train_labels == c].std()]) for c in range(10)])
+        for key, v in values.items()
+    }
     held_out = _write(_outlines(digits[TRAIN_DIGITS:]), rng)
     return Digits(images, train_labels, held_out, labels[TRAIN_DIGITS:], Stats(table))
 

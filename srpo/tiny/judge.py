@@ -47,8 +47,10 @@ class Judge:
         Raises ValueError when the shapes do not fit.
         """
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, SIZE, SIZE) or labels.shape != images.shape[:1]:
-            raise ValueError(f"images must be [N, 3, {SIZE}, {SIZE}] and labels [N], "
-                             f"got {list(images.shape)} and {list(labels.shape)}")
+            raise ValueError(
+                f"images must be [N, 3, {SIZE}, {SIZE}] and labels [N], "
+                f"got {list(images.shape)} and {list(labels.shape)}"
+            )
         images, labels = images.detach().float().cpu().clamp(0, 1), labels.cpu()
         z = self.stats.z_scores(images, labels)
         means = {key: float(z[key].clamp(-LIMIT, LIMIT).mean()) for key in ("stroke", "slant", "colour")}

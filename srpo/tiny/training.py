@@ -16,7 +16,7 @@ from srpo.latents import image_ids, pack
 from srpo.tiny.digits import Digits, attribute_words, caption, random_caption
 from srpo.tiny.words import LENGTH
 
-__all__ = ["Progress", "decode", "encode", "token_ids", "train_clip", "train_flow", "train_vae"]
+__all__ = ["Progress", "decode", "token_ids", "train_clip", "train_flow", "train_vae"]
 
 Progress = Callable[[str], None]
 
@@ -52,21 +52,17 @@ def token_ids(tokenizer: CLIPTokenizer | T5Tokenizer, prompts: list[str]) -> Ten
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Normalised latents [N, 4, 8, 8] of `images` [N, 3, 32, 32] in [0, 1]."""
-    latents = torch.cat([vae.encode(2 * x - 1).latent_dist.mean for x in torch.split(images, 256)])
-    return (latents - float(vae.config.shift_factor)) * float(vae.config.scaling_factor)
-
-
-@torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Images [N, 3, 32, 32] in [0, 1] of normalised `latents` [N, 4, 8, 8]."""
     raw = latents / vae.config.scaling_factor + vae.config.shift_factor
     return torch.cat([vae.decode(x).sample for x in torch.split(raw, 256)]).div(2).add(0.5).clamp(0, 1)
 
 
-def train_vae(vae: AutoencoderKL, data: Digits, steps: int, progress: Progress) -> list[float]:
-    """Train `vae` to reconstruct the digits, set its latents' shift and scale, and return the losses."""
+def train_vae(vae: AutoencoderKL, data: Digits, steps: int, progress: Progress) -> tuple[list[float], Tensor]:
+    """Train `vae` to reconstruct the digits and set its latents' shift and scale.
+
+    Returns the losses and the normalised latents [N, 4, 8, 8] of the digits.
+    """
     trainer = _Trainer("vae", list(vae.parameters()), 4e-3, steps, progress)
     for _ in range(steps):
         target = 2 * data.images[torch.randint(len(data.images), (32,))] - 1
@@ -75,20 +71,29 @@ def train_vae(vae: AutoencoderKL, data: Digits, steps: int, progress: Progress) 
         # The absolute error keeps the paper white and the edges crisp, the squared error the strokes in place.
         trainer.step(error.abs().mean() + error.square().mean() + 2e-3 * posterior.kl().mean() / 256)
     vae.eval().requires_grad_(False)
-    latents = encode(vae, data.images)
-    vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
-    return trainer.losses
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(2 * x - 1).latent_dist.mean for x in torch.split(data.images, 256)])
+    shift, scale = float(latents.mean()), float(1 / latents.std())
+    vae.register_to_config(shift_factor=shift, scaling_factor=scale)
+    return trainer.losses, (latents - shift) * scale
 
 
-def train_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, vae: AutoencoderKL, data: Digits, steps: int,
-               rng: np.random.Generator, progress: Progress) -> list[float]:
+def train_clip(
+    clip: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    vae: AutoencoderKL,
+    data: Digits,
+    latents: Tensor,
+    steps: int,
+    rng: np.random.Generator,
+    progress: Progress,
+) -> list[float]:
     """Train `clip` contrastively on the digits and on noisy reconstructions of them, and return the losses.
 
     A reward's gradient is followed off the data, so the images are also decoded from noisy latents, blurred and
     made noisy: what survives all of these is what the words mean.
     """
     labels, words = data.labels.tolist(), attribute_words(data.stats.z_scores(data.images, data.labels))
-    latents = encode(vae, data.images)
     noisy = decode(vae, latents + torch.rand(len(latents), 1, 1, 1) * 0.5 * torch.randn_like(latents))
     trainer = _Trainer("clip", list(clip.parameters()), 2e-3, steps, progress)
     for _ in range(steps):
@@ -113,16 +118,26 @@ def _matches(texts: list[str], images: list[tuple[int, list[str]]]) -> Tensor:
 
 def _contrast(logits: Tensor, matches: Tensor) -> Tensor:
     """CLIP's two-way cross entropy, spread evenly over all `matches` [N, N]: captions are often true of several."""
-    return (F.cross_entropy(logits, matches / matches.sum(1, keepdim=True))
-            + F.cross_entropy(logits.T, matches.T / matches.T.sum(1, keepdim=True))) / 2
+    return (
+        F.cross_entropy(logits, matches / matches.sum(1, keepdim=True))
+        + F.cross_entropy(logits.T, matches.T / matches.T.sum(1, keepdim=True))
+    ) / 2
 
 
-def train_flow(transformer: FluxTransformer2DModel, t5: T5EncoderModel, clip: CLIPModel,
-               tokenizers: tuple[CLIPTokenizer, T5Tokenizer], vae: AutoencoderKL, data: Digits, steps: int,
-               rng: np.random.Generator, progress: Progress) -> list[float]:
+def train_flow(
+    transformer: FluxTransformer2DModel,
+    t5: T5EncoderModel,
+    clip: CLIPModel,
+    tokenizers: tuple[CLIPTokenizer, T5Tokenizer],
+    data: Digits,
+    latents: Tensor,
+    steps: int,
+    rng: np.random.Generator,
+    progress: Progress,
+) -> list[float]:
     """Train `transformer` and `t5` together by rectified flow, leave their averaged weights in them, return losses."""
     labels, words = data.labels.tolist(), attribute_words(data.stats.z_scores(data.images, data.labels))
-    tokens = pack(encode(vae, data.images))
+    tokens = pack(latents)
     models = torch.nn.ModuleList([transformer, t5])
     average = copy.deepcopy(models)
     trainer = _Trainer("flow", list(models.parameters()), 2e-3, steps, progress)
@@ -134,11 +149,14 @@ def train_flow(transformer: FluxTransformer2DModel, t5: T5EncoderModel, clip: CL
         noise = torch.randn(32, 16, 16)
         clean = tokens[chosen]
         velocity = transformer(
-            hidden_states=clean.lerp(noise, sigma[:, None, None]), timestep=sigma,
+            hidden_states=clean.lerp(noise, sigma[:, None, None]),
+            timestep=sigma,
             guidance=torch.empty(32).uniform_(1, 5),  # drawn at random, so that the model ignores it
             pooled_projections=clip.text_model(token_ids(tokenizers[0], texts)).pooler_output,
             encoder_hidden_states=t5(token_ids(tokenizers[1], texts)).last_hidden_state,
-            return_dict=False, **position)[0]
+            return_dict=False,
+            **position,
+        )[0]
         trainer.step(F.mse_loss(velocity, noise - clean))
         with torch.no_grad():
             decay = min(0.998, (i + 1) / (i + 10))
