@@ -100,8 +100,7 @@ def test_clamp_gradient(channels_last: bool, device: str) -> None:
     assert outside.any()
     assert not gradients["hard"][outside].any()
     assert torch.equal(gradients["hard"][~outside], gradients["straight_through"][~outside])
-    columns = gradients["straight_through"][0, 0, 0, :26]
-    assert columns[3:23].abs().sum() > 0  # what the crop uses
+    assert gradients["straight_through"][outside].any()
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4])
@@ -212,7 +211,8 @@ def test_gradcheck(height: int, width: int, size: int, antialias: bool, device: 
     # Away from the bounds, where the clamp has no derivative.
     image = torch.rand(1, 3, height, width, dtype=torch.float64, device=device) * 1.8 - 0.9
     fused = partial(resize_normalize, size=size, antialias=antialias, **NORMALIZE)
-    assert torch.autograd.gradcheck(fused, [image.requires_grad_()])
+    # One random direction in the interpreter, where a launch takes a tenth of a second.
+    assert torch.autograd.gradcheck(fused, [image.requires_grad_()], fast_mode=interpreting())
 
 
 IMAGE = torch.zeros(1, 3, 4, 4)
