@@ -15,16 +15,16 @@ from torch import Tensor
 from srpo.errors import InputError
 from srpo.objective import SRPOConfig
 from srpo.randomness import generator
+from srpo.tiny import ATTRIBUTES
 
 __all__ = ["CONTROL_GROUPS", "CaptionedImage", "control_group", "load_image", "order", "read_images", "read_prompts"]
 
-_TINY_PAIRS = (("bold", "thin"), ("slanted", "upright"), ("wide", "narrow"), ("red", "blue"))
 _OFFICIAL = SRPOConfig()
 
 #: Named control words: group -> (positive words, negative words).
 CONTROL_GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "realism": (_OFFICIAL.positive_controls, _OFFICIAL.negative_controls),
-    **{towards: ((towards,), (away,)) for pair in _TINY_PAIRS for towards, away in (pair, pair[::-1])},
+    **{towards: ((towards,), (away,)) for pair in ATTRIBUTES.values() for towards, away in (pair, pair[::-1])},
 }
 
 

@@ -256,7 +256,7 @@ def _write_report(
 ) -> Path:
     middle = ("step 0", base[:_SHOWN])
     high, low = ((f"{run.word}: step {run.config.srpo.updates}", run.images[:_SHOWN]) for run in runs)
-    overview = panels([low, middle, high], 10)
+    overview = panels([(title, images[:20]) for title, images in (low, middle, high)], 10, stacked=True)
     overview.save(out / "overview.png")
     for run, panel in zip(runs, (high, low), strict=True):
         panels([middle, panel], 10).save(out / f"{run.word}.png")

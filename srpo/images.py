@@ -38,15 +38,19 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
     make_grid(images, columns).save(path)
 
 
-def panels(titled: Sequence[tuple[str, Tensor]], columns: int) -> Image.Image:
-    """Grids side by side, each under its title."""
+def panels(titled: Sequence[tuple[str, Tensor]], columns: int, *, stacked: bool = False) -> Image.Image:
+    """Grids side by side, or one above the other, each under its title."""
     grids = [make_grid(images, columns) for _, images in titled]
     bar, gap = 40, 24
-    width = sum(grid.width for grid in grids) + gap * (len(grids) - 1)
-    sheet = Image.new("RGB", (width, bar + max(grid.height for grid in grids)), "white")
-    draw, left = ImageDraw.Draw(sheet), 0
+    widths, heights = [grid.width for grid in grids], [grid.height + bar for grid in grids]
+    if stacked:
+        sheet = Image.new("RGB", (max(widths), sum(heights)), "white")
+    else:
+        sheet = Image.new("RGB", (sum(widths) + gap * (len(grids) - 1), max(heights)), "white")
+    draw, left, top = ImageDraw.Draw(sheet), 0, 0
     for (title, _), grid in zip(titled, grids, strict=True):
-        draw.text((left + grid.width / 2, bar / 2), title, fill="black", font=ImageFont.load_default(24), anchor="mm")
-        sheet.paste(grid, (left, bar))
-        left += grid.width + gap
+        font = ImageFont.load_default(24)
+        draw.text((left + grid.width / 2, top + bar / 2), title, fill="black", font=font, anchor="mm")
+        sheet.paste(grid, (left, top + bar))
+        left, top = (left, top + grid.height + bar) if stacked else (left + grid.width + gap, top)
     return sheet

@@ -18,7 +18,8 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2024 }
 table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .3rem .9rem; text-align: right }
 th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #889 }
-tbody tr + tr td { border-top: 1px solid #dde } figure { margin: 1rem 0; display: inline-block }
+tbody tr + tr td { border-top: 1px solid #dde } figure { margin: 1rem .5rem 1rem 0; display: inline-block }
+figure:has(svg) { width: 48% }
 figcaption { color: #556; font-size: .9rem } img, svg { max-width: 100%; height: auto }
 """
 

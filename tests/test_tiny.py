@@ -228,7 +228,7 @@ def test_steps_are_scaled() -> None:
 
 def test_build_refuses_bad_arguments(tmp_path: Path) -> None:
     (tmp_path / "kept.txt").write_text("mine")
-    with pytest.raises(ValueError, match="out must be"):
+    with pytest.raises(ValueError, match="already exists"):
         build(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
     for factor in (0.0, -1.0, math.nan):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel
 
+from srpo.files import new_directory
 from srpo.tiny import models
 from srpo.tiny.digits import NAMES, SIZE, caption, load
 from srpo.tiny.judge import Judge
@@ -47,23 +46,14 @@ def build(out: Path, *, seed: int = 0, steps: Steps = Steps(), progress: Progres
     """Train the tiny world and write `pipeline/`, `reward/`, `prompts.txt` and `build.json` into `out`.
 
     The same seed, steps and library versions give the same bytes on the same kind of machine, `build.json` apart,
-    which also holds the time taken.  `out` appears only when complete.  Raises ValueError when it exists and is not
+    which also holds the time taken.  `out` appears only when complete.  Raises `InputError` when it exists and is not
     an empty directory.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out must be a new or an empty directory, got {out}")
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with new_directory(out) as part:
         with _reproducible(seed):
             report = _train_and_save(part, seed, steps, progress)
         (part / "prompts.txt").write_text("".join(caption(i) + "\n" for i in range(len(NAMES))), encoding="utf-8")
         (part / "build.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        part.chmod(0o755)
-        part.replace(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 @torch.no_grad()

@@ -20,8 +20,9 @@ from scipy.ndimage import distance_transform_edt
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from srpo.tiny import ATTRIBUTES
+
 __all__ = [
-    "ATTRIBUTES",
     "NAMES",
     "SIZE",
     "Digits",
@@ -39,13 +40,6 @@ __all__ = [
 SIZE = 32
 FINE = 64  # the digits are drawn at this size first
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# Attribute -> the word for a high value, the word for a low one.
-ATTRIBUTES = {
-    "stroke": ("bold", "thin"),
-    "slant": ("slanted", "upright"),
-    "aspect": ("wide", "narrow"),
-    "colour": ("red", "blue"),
-}
 TRAIN_DIGITS = 1400
 DARKEST = 0.08  # the smallest channel of every ink, so that coverage does not depend on its colour
 NAMED = 0.6  # an attribute gets a word when it is this many standard deviations from its class's mean

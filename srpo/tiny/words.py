@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from srpo.tiny.digits import ATTRIBUTES, NAMES
+from srpo.tiny import ATTRIBUTES
+from srpo.tiny.digits import NAMES
 
 __all__ = ["LENGTH", "WORDS", "clip_tokenizer", "t5_tokenizer"]
 

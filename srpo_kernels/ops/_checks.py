@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,13 @@ def check_floating(op: str, **tensors: Tensor) -> None:
             raise TypeError(f"{op}: {name} must be a float32, float16 or bfloat16 tensor, got {got}")
         if tensor.device != reference.device:
             raise ValueError(f"{op}: {first} is on {reference.device} but {name} is on {tensor.device}")
+
+
+def check_row_size(op: str, name: str, tensor: Tensor) -> None:
+    """Kernels count rows in 64 bits and elements within a row in 32: refuse rows that do not fit."""
+    elements = math.prod(tensor.shape[1:])
+    if elements >= 2**31:
+        raise ValueError(f"{op}: {name} must have fewer than 2**31 elements an image, got {elements}")
 
 
 def branch_sigma(op: str, name: str, sigma: float | Tensor, like: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srpo_kernels.ops._checks import branch_sigma, check_floating, resolve_noise
+from srpo_kernels.ops._checks import branch_sigma, check_floating, check_row_size, resolve_noise
 from srpo_kernels.ops._register import define, describe
 from srpo_kernels.ops.noise_prior import NoisePrior
 
@@ -124,6 +124,7 @@ def inject_noise(x0: Tensor, noise: Tensor | NoisePrior, sigma: float | Tensor) 
     check_floating("inject_noise", x0=x0)
     if x0.ndim < 1:
         raise ValueError("inject_noise: x0 must have a batch dimension")
+    check_row_size("inject_noise", "x0", x0)
     batch = x0.shape[0]
     levels = branch_sigma("inject_noise", "sigma", sigma, x0)
     flat = x0.flatten(1).contiguous() if x0.ndim > 1 else x0[:, None]

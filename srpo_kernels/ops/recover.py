@@ -15,7 +15,7 @@ from torch import Tensor
 
 from srpo_kernels.latents import pack
 from srpo_kernels.latents import unpack as unpack_tokens
-from srpo_kernels.ops._checks import check_floating, resolve_noise, row_sigma
+from srpo_kernels.ops._checks import check_floating, check_row_size, resolve_noise, row_sigma
 from srpo_kernels.ops._register import define, describe
 from srpo_kernels.ops.inject_noise import noise_gradient
 from srpo_kernels.ops.noise_prior import NoisePrior
@@ -204,6 +204,7 @@ def recover(
     check_floating("recover", x_t=x_t, velocity=velocity)
     if x_t.ndim < 1:
         raise ValueError("recover: x_t must have a batch dimension")
+    check_row_size("recover", "x_t", x_t)
     if velocity.shape != x_t.shape:
         raise ValueError(f"recover: velocity must have x_t's shape {list(x_t.shape)}, got {list(velocity.shape)}")
     if unpack is not None:

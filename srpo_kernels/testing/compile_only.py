@@ -55,6 +55,7 @@ def compile_for(kernel: Any, arguments: Mapping[str, Any], *, architecture: int 
     signature = {name: types.get(name, "constexpr") for name in arguments}
     hints = {(index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind[0] in "*i"}
     source = ASTSource(kernel, signature, constants, hints)
+    options = {"enable_fp_fusion": True, **options}  # Triton 3.10 turns it off by default
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
