@@ -39,7 +39,7 @@ def cases() -> Iterator[Case]:
     for batch, side in ((1, 90), (4, 90), (4, 128), (256, 128)):
         yield from _latent_cases(batch, side)
     for batch in (2, 8, 64):
-        yield _reward_case(batch)
+        yield from _reward_cases(batch)
     for batch, side in ((2, 720), (2, 1024), (16, 720)):
         yield _resize_case(batch, side)
 
@@ -104,31 +104,39 @@ def _latent_cases(batch: int, side: int) -> Iterator[Case]:
     )
 
 
-def _reward_case(batch: int) -> Case:
-    """CLIP ViT-H: projection 1280 -> 1024."""
+def _reward_cases(batch: int) -> Iterator[Case]:
+    """CLIP ViT-H: projection 1280 -> 1024, or embeddings already projected."""
     width, out = 1280, 1024
     kappa = torch.full((batch,), 0.2, device="cuda")
 
-    def eager(image: Tensor, projection: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-        embedding = normalize((image @ projection.T).float(), dim=-1)
-        return ((1 + kappa[:, None]) * positive.float() - negative.float()).mul(embedding).sum(-1)
+    def texts() -> dict[str, Tensor]:
+        return {name: normalize(_random(batch, out), dim=-1) for name in ("positive", "negative")}
 
-    return Case(
+    def score(embedding: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        unit = normalize(embedding.float(), dim=-1)
+        return ((1 + kappa[:, None]) * positive.float() - negative.float()).mul(unit).sum(-1)
+
+    yield Case(
         "relative_reward, projection",
         f"{batch} x {width} -> {out}",
-        lambda: {
-            "image": _random(batch, width),
-            "projection": _random(out, width) * width**-0.5,
-            "positive": normalize(_random(batch, out), dim=-1),
-            "negative": normalize(_random(batch, out), dim=-1),
-        },
+        lambda: {"image": _random(batch, width), "projection": _random(out, width) * width**-0.5, **texts()},
         lambda image, projection, positive, negative: sk.relative_reward(
             image, positive, negative, kappa, projection=projection
         ),
-        eager,
+        lambda image, projection, positive, negative: score(image @ projection.T, positive, negative),
         ("image",),
         batch * (width + 2 * out) + width * out,
         batch * (2 * width + 2 * out) + 2 * width * out,
+    )
+    yield Case(
+        "relative_reward_loss",
+        f"{batch} x {out}",
+        lambda: {"image": _random(batch, out), **texts()},
+        lambda image, positive, negative: sk.relative_reward_loss(image, positive, negative, kappa, 0.7)[0],
+        lambda image, positive, negative: torch.relu(0.7 - score(image, positive, negative)),
+        ("image",),
+        batch * 4 * out,
+        batch * 2 * out,
     )
 
 

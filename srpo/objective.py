@@ -191,9 +191,9 @@ class SRPOOutput:
     """Result of `srpo_loss` for K branches of B images; everything but `loss` is detached."""
 
     loss: Tensor  # scalar
-    branch_losses: Tensor  # [K], their sum is the loss
     scores: Tensor  # [K*B], branch-major
     x0_hat: Tensor  # [K*B, ...], the recovered images
+    branch_losses: Tensor  # [K], their sum is the loss
 
 
 @dataclass(frozen=True)
@@ -285,4 +285,4 @@ def srpo_loss(
 
     penalties = -scores if threshold is None else torch.relu(threshold - scores)
     branch_losses = penalties.reshape(count, batch).mean(1) / count
-    return SRPOOutput(branch_losses.sum(), branch_losses.detach(), scores.detach(), x0_hat.detach())
+    return SRPOOutput(branch_losses.sum(), scores.detach(), x0_hat.detach(), branch_losses.detach())

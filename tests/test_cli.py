@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import signal
+import struct
 import subprocess
+import termios
 import time
 from pathlib import Path
 
@@ -126,9 +129,10 @@ def test_progress_bar_on_a_terminal_shows_true_step(tmp_path: Path) -> None:
     overrides = quick_overrides(tmp_path / "run", "run.sample_every=0")
     assert main(["train", "tiny", *overrides, "srpo.updates=1"]) == 0
     leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
     process = subprocess.Popen(
         command("train", "tiny", *overrides, "srpo.updates=2", "--resume"),
-        env=environment(TERM="xterm", COLUMNS="200"),
+        env=environment(TERM="xterm"),
         stdout=subprocess.DEVNULL,
         stderr=follower,
     )

@@ -150,16 +150,16 @@ class _Recover(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        start, end = ctx.saved_tensors  # once: checkpointing recomputes on the first access and refuses a second
         layout = torch.channels_last if ctx.size else torch.contiguous_format
         gradient = gradient.contiguous(memory_format=layout)  # its strides are unspecified
 
         def scaled(wrt: str) -> Tensor:
-            return _backward(gradient, *ctx.saved_tensors, ctx.size, ctx.scaling_factor, wrt)
+            return _backward(gradient, start, end, ctx.size, ctx.scaling_factor, wrt)
 
         dx_t = scaled("x_t") if ctx.needs_input_grad[0] else None
         dnoise = None
         if ctx.needs_input_grad[1]:
-            _, end = ctx.saved_tensors
             weight = (-end / ((1 - end) * ctx.scaling_factor)).unflatten(0, (-1, ctx.batch)).T
             rows = (pack(gradient) if ctx.size else gradient).reshape(weight.shape[1], ctx.batch, -1)
             dnoise = noise_gradient(rows, weight, shared=ctx.noise_shape[0] != ctx.batch)

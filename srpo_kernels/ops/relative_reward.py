@@ -194,10 +194,10 @@ class _RelativeReward(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        image, _, _, _, projection, _ = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: checkpointing recomputes on the first access and refuses a second
         gradient = gradient.contiguous()  # its strides are unspecified
-        dembedding = _backward(gradient, *ctx.saved_tensors, ctx.weights)
-        return _through_projection(ctx, dembedding, image, projection)
+        dembedding = _backward(gradient, *saved, ctx.weights)
+        return _through_projection(ctx, dembedding, saved[0], saved[4])
 
 
 class _RelativeRewardLoss(torch.autograd.Function):

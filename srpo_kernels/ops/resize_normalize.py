@@ -139,7 +139,7 @@ class _ResizeNormalize(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        image = ctx.saved_tensors[0] if ctx.saved_tensors else None
+        image = next(iter(ctx.saved_tensors), None)  # one access: checkpointing refuses a second
         return _backward(gradient, image, ctx.shape, *ctx.window, *ctx.rest), *[None] * 9
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import srpo_kernels as sk
@@ -180,3 +181,36 @@ def test_keeps_under_three_percent_of_the_720_px_image_path() -> None:
 def test_bad_chunk_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^checkpointed_reward: chunk must be at least 1, got 0$"):
         checkpointed(Path().double(), inputs("cpu"), 0)
+
+
+def _inject(x: Tensor, y: Tensor) -> Tensor:
+    return sk.inject_noise(x, y, 0.3)
+
+
+def _recover(x: Tensor, y: Tensor) -> Tensor:
+    return sk.recover(x, y, x * 2, 0.5, 0.4)
+
+
+def _reward(x: Tensor, y: Tensor) -> Tensor:
+    return sk.relative_reward(x, y[:, :3], -y[:, :3], 0.1, projection=y[:3])
+
+
+def _loss(x: Tensor, y: Tensor) -> Tensor:
+    return sk.relative_reward_loss(x, y, -y, 0.1, 0.7)[0]
+
+
+def _resize(x: Tensor, y: Tensor) -> Tensor:
+    return sk.resize_normalize((x[:, :3] * y[:, :3]).reshape(2, 3, 1, 1).expand(2, 3, 8, 8), 4, [0.5] * 3, [0.5] * 3)
+
+
+@pytest.mark.parametrize("operator", [_inject, _recover, _reward, _loss, _resize])
+def test_every_operator_may_be_checkpointed(operator: Callable[[Tensor, Tensor], Tensor], device: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    given = [torch.randn(2 if operator is not _reward else 4, 4, generator=generator).to(device) for _ in range(2)]
+    given = [tensor.requires_grad_() for tensor in given]
+    plain = operator(*given)
+    recomputed = torch.utils.checkpoint.checkpoint(operator, *given, use_reentrant=False)
+    gradients = (torch.autograd.grad(output.sum(), given, allow_unused=True) for output in (plain, recomputed))
+    for expected, got in zip(*gradients, strict=True):
+        assert (expected is None) == (got is None)
+        assert expected is None or torch.equal(expected, got)
