@@ -17,10 +17,11 @@ def demo_section(results: dict) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     cost = results["training_seconds"]
-    spent = ", ".join(f"{word}: {count} updates, {cost[word]:.0f} s" for word, count in results["updates"].items())
+    spent = "; ".join(f"{word}, {count} updates in {cost[word]:.0f} s" for word, count in results["updates"].items())
     note = (
-        f"Training on one CPU core: {spent}. Measured by `srpo/tiny/judge.py`, not by the reward; SD is the\n"
-        "spread of real digits of one class. [All numbers](docs/demo.json)."
+        f"Training on one CPU core: {spent}.\n"
+        "Measured by `srpo/tiny/judge.py`, not by the reward; SD is the spread of real digits of one class.\n"
+        "[All numbers](docs/demo.json)."
     )
     lines += ["", note]
     return "\n".join(lines)

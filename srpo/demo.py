@@ -103,7 +103,7 @@ def run_demo(out: Path, control: str) -> int:
         "updates": {run.word: run.config.srpo.updates for run in runs},
         "checks": checks,
         "table": [_header(control), *rows],
-        "config": asdict(first.config),
+        "srpo": asdict(first.config.srpo),
     }
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     page = _write_report(out, control, runs, base_images, rows, checks)
