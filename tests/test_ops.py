@@ -311,7 +311,7 @@ def test_recover_with_unpack_equals_the_composed_form(size: tuple[int, int], dty
         (
             lambda x: inject_noise(x, x, torch.tensor(0.5)),
             ValueError,
-            "inject_noise: sigma must be a float, [B] or [B, K], got shape []",
+            "inject_noise: sigma must be a float, [4] or [4, K], got []",
         ),
         (
             lambda x: inject_noise(x, x.to("meta"), 0.5),
@@ -359,12 +359,12 @@ def test_recover_with_unpack_equals_the_composed_form(size: tuple[int, int], dty
         (
             lambda x: recover(x, x, x, torch.zeros(3), 0.5),
             ValueError,
-            "recover: sigma_from must be a float, [4] or [B, K] with B*K = 4 rows of x_t",
+            "recover: sigma_from must be a float, [4] or [B, K] with B*K = 4, got [3]",
         ),
         (
             lambda x: recover(x, x, x, 0.5, torch.zeros(3)),
             ValueError,
-            "recover: sigma_to must be a float, [4] or [B, K] with B*K = 4 rows of x_t",
+            "recover: sigma_to must be a float, [4] or [B, K] with B*K = 4, got [3]",
         ),
         (
             lambda x: recover(x, x, x, 0.5, 0.1, unpack=(4, 4)),
