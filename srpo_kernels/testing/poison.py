@@ -4,30 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-from unittest.mock import patch
 
 import torch
-from torch import Tensor
 
 __all__ = ["poisoned_outputs"]
 
 
 @contextmanager
 def poisoned_outputs() -> Iterator[None]:
-    """Within the block, ``torch.empty`` and its relatives return NaN-filled floating tensors."""
+    """Within the block, ``torch.empty`` and its relatives return NaN-filled floating tensors.
 
-    def poison(allocate: Any) -> Any:
-        def allocated(*arguments: Any, **options: Any) -> Tensor:
-            tensor = allocate(*arguments, **options)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-        return allocated
-
-    with (
-        patch.object(torch, "empty", poison(torch.empty)),
-        patch.object(torch, "empty_like", poison(torch.empty_like)),
-        patch.object(torch, "empty_strided", poison(torch.empty_strided)),
-        patch.object(Tensor, "new_empty", poison(Tensor.new_empty)),
-    ):
+    PyTorch does so itself in deterministic mode (`torch.utils.deterministic.fill_uninitialized_memory`).
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
         yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
