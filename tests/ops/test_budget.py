@@ -37,12 +37,12 @@ def test_one_element_off_by_two_ulp_is_caught(dtype: torch.dtype) -> None:
     assert_within_budget(exact.to(dtype), exact, exact.float(), name="right")
     wrong = exact.to(dtype)
     wrong[50] *= 1 + 2.5 * torch.finfo(dtype).eps
-    with pytest.raises(AssertionError, match="wrong: .* x the error budget"):
+    with pytest.raises(AssertionError, match=r"wrong: .* x the error budget"):
         assert_within_budget(wrong, exact, exact.float(), name="wrong")
 
 
 def test_a_wrong_gradient_is_caught() -> None:
-    with pytest.raises(AssertionError, match="dx: .* x the error budget"):
+    with pytest.raises(AssertionError, match=r"dx: .* x the error budget"):
         check_against_reference(
             lambda x: 2 * x.detach() + 1.001 * (x - x.detach()), double, {"x": torch.ones(8)}, differentiable=("x",)
         )
