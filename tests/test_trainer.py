@@ -248,7 +248,7 @@ def test_run_directory_belongs_to_one_run(tmp_path: Path) -> None:
     Trainer(make()).fit()
     with pytest.raises(InputError, match="already holds a run; give --resume"):
         Trainer(make())
-    with pytest.raises(InputError, match=r"another config: srpo.learning_rate was 5e-05, is 0.1"):
+    with pytest.raises(InputError, match=r"another config: srpo.learning_rate was 9e-05, is 0.1"):
         Trainer(make("srpo.learning_rate=0.1"), resume=True)
     state = tmp_path / "run/checkpoints/step-000001/state.json"
     forged = json.loads(state.read_text())
