@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from srpo_kernels.ops._checks import row_sigma
+from srpo_kernels.ops.inject_noise import inject_noise
 from srpo_kernels.ops.noise_prior import NoisePrior
 from srpo_kernels.ops.recover import recover
 
@@ -75,8 +76,10 @@ def checkpointed_reward(
     if chunk is None:
         levels = (level.reshape(branches, batch).T for level in (start, end))
         return checkpoint(region, x_t, noise, velocity, *levels, slice(0, rows), use_reentrant=False)
-    if isinstance(noise, NoisePrior):  # it numbers images from the first of the batch, not of a chunk
-        noise = noise.sample((batch, *x_t.shape[1:]), device=x_t.device)
+    if isinstance(noise, NoisePrior):
+        # It numbers images from the first of the batch, not of a chunk: draw it once, by the kernel that injected it.
+        blank = torch.zeros((batch, *x_t.shape[1:]), device=x_t.device)
+        noise = inject_noise(blank, noise, 1.0)
     image = torch.arange(rows, device=x_t.device) % (batch if noise.shape[0] > 1 else 1)
     scores = []
     for first in range(0, max(rows, 1), chunk):
