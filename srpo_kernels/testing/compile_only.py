@@ -30,6 +30,14 @@ class Compiled:
     registers: int
     stack: int  # bytes; spills show here
     shared: int  # bytes
+    warps: int
+
+    @property
+    def occupancy(self) -> float:
+        """Warps a multiprocessor can hold of this kernel, over the 64 it has room for."""
+        registers = self.warps * 32 * -(-self.registers // 8) * 8
+        blocks = min(65536 // registers, 232448 // (self.shared + 1024), 64 // self.warps, 32)
+        return blocks * self.warps / 64
 
     def widest_load(self) -> int:
         """Bytes of the widest global load of a thread."""
@@ -64,4 +72,5 @@ def compile_for(kernel: Any, arguments: Mapping[str, Any], *, architecture: int 
         command = [str(tool), "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = dict(re.findall(r"(REG|STACK):(\d+)", text))
-    return Compiled(compiled.asm["ptx"], int(usage["REG"]), int(usage["STACK"]), compiled.metadata.shared)
+    metadata = compiled.metadata
+    return Compiled(compiled.asm["ptx"], int(usage["REG"]), int(usage["STACK"]), metadata.shared, metadata.num_warps)
