@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,49 +12,41 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as vision
 
 import srpo_kernels as sk
+from benchmarks.block_cases import block_cases
+from benchmarks.case import Case
 from srpo_kernels.latents import unpack
 
-__all__ = ["Case", "cases"]
+__all__ = ["cases"]
 
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-@dataclass(frozen=True)
-class Case:
-    """One operator at one shape. `make` draws inputs by name; `eager` is what one would write without the package."""
+def cases(device: str = "cuda", *, small: bool = False) -> Iterator[Case]:
+    """Every case, small and launch-bound ones first; with `small` one of every kind, for checking anywhere.
 
-    op: str
-    shape: str
-    make: Callable[[], dict[str, Tensor]]
-    ours: Callable[..., Tensor]
-    eager: Callable[..., Tensor]
-    differentiable: tuple[str, ...]
-    forward_elements: float  # moved at least, in elements of `dtype`
-    backward_elements: float
-    dtype: torch.dtype = torch.bfloat16
-
-
-def cases() -> Iterator[Case]:
-    """Every case, small and launch-bound ones first."""
-    for batch, side in ((1, 90), (4, 90), (4, 128), (256, 128)):
-        yield from _latent_cases(batch, side)
-    for batch in (2, 8, 64):
-        yield from _reward_cases(batch)
-    for batch, side in ((2, 720), (2, 1024), (16, 720)):
-        yield _resize_case(batch, side)
+    Compiling the eager forms takes most of the time: about 5 s a case.
+    """
+    for batch, side in [(2, 8)] if small else [(1, 90), (4, 90), (4, 128), (256, 128)]:
+        yield from _latent_cases(batch, side, device)
+    for batch in [2] if small else [2, 8, 64]:
+        yield from _reward_cases(batch, device)
+    for batch, side in [(1, 256)] if small else [(2, 720), (2, 1024), (16, 720)]:
+        yield _resize_case(batch, side, device)
+    if small:
+        yield from block_cases(2, 12, 4, device, heads=4, width=32)
+    else:
+        for batch, tokens in [(1, 2537), (4, 2537), (1, 4608), (4, 4608)]:  # images of 720 and 1024 pixels
+            yield from block_cases(batch, tokens, 512, device)
 
 
-def _random(*shape: int) -> Tensor:
-    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-
-
-def _latent_cases(batch: int, side: int) -> Iterator[Case]:
+def _latent_cases(batch: int, side: int, device: str) -> Iterator[Case]:
     """Two branches of FLUX latents of side x side x 16, packed."""
+    random = partial(torch.randn, device=device, dtype=torch.bfloat16)
     tokens = (side // 2) ** 2
     image, shape = tokens * 64 * batch, f"{batch} x {tokens} x 64, K=2"
     size = (side, side)
-    start = torch.tensor([0.9, 0.8], device="cuda").expand(batch, 2)
-    end = torch.tensor([0.8, 0.9], device="cuda").expand(batch, 2)
+    start = torch.tensor([0.9, 0.8], device=device).expand(batch, 2)
+    end = torch.tensor([0.8, 0.9], device=device).expand(batch, 2)
 
     def inject_eager(x0: Tensor, noise: Tensor) -> Tensor:
         return torch.cat([(1 - s) * x0 + s * noise for s in (0.9, 0.8)])
@@ -62,7 +54,7 @@ def _latent_cases(batch: int, side: int) -> Iterator[Case]:
     yield Case(
         "inject_noise",
         shape,
-        lambda: {"x0": _random(batch, tokens, 64), "noise": _random(batch, tokens, 64)},
+        lambda: {"x0": random(batch, tokens, 64), "noise": random(batch, tokens, 64)},
         lambda x0, noise: sk.inject_noise(x0, noise, start),
         inject_eager,
         ("x0",),
@@ -72,7 +64,7 @@ def _latent_cases(batch: int, side: int) -> Iterator[Case]:
     yield Case(
         "inject_noise, NoisePrior",
         shape,
-        lambda: {"x0": _random(batch, tokens, 64)},
+        lambda: {"x0": random(batch, tokens, 64)},
         lambda x0: sk.inject_noise(x0, sk.NoisePrior(1), start),
         lambda x0: inject_eager(x0, torch.randn_like(x0)),
         ("x0",),
@@ -90,9 +82,9 @@ def _latent_cases(batch: int, side: int) -> Iterator[Case]:
         "recover, unpack",
         shape,
         lambda: {
-            "x_t": _random(2 * batch, tokens, 64),
-            "noise": _random(batch, tokens, 64),
-            "velocity": _random(2 * batch, tokens, 64),
+            "x_t": random(2 * batch, tokens, 64),
+            "noise": random(batch, tokens, 64),
+            "velocity": random(2 * batch, tokens, 64),
         },
         lambda x_t, noise, velocity: sk.recover(
             x_t, noise, velocity, start, end, unpack=size, scaling_factor=0.3611, shift_factor=0.1159
@@ -104,13 +96,14 @@ def _latent_cases(batch: int, side: int) -> Iterator[Case]:
     )
 
 
-def _reward_cases(batch: int) -> Iterator[Case]:
+def _reward_cases(batch: int, device: str) -> Iterator[Case]:
     """CLIP ViT-H: projection 1280 -> 1024, or embeddings already projected."""
+    random = partial(torch.randn, device=device, dtype=torch.bfloat16)
     width, out = 1280, 1024
-    kappa = torch.full((batch,), 0.2, device="cuda")
+    kappa = torch.full((batch,), 0.2, device=device)
 
     def texts() -> dict[str, Tensor]:
-        return {name: normalize(_random(batch, out), dim=-1) for name in ("positive", "negative")}
+        return {name: normalize(random(batch, out), dim=-1) for name in ("positive", "negative")}
 
     def score(embedding: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         unit = normalize(embedding.float(), dim=-1)
@@ -119,7 +112,7 @@ def _reward_cases(batch: int) -> Iterator[Case]:
     yield Case(
         "relative_reward, projection",
         f"{batch} x {width} -> {out}",
-        lambda: {"image": _random(batch, width), "projection": _random(out, width) * width**-0.5, **texts()},
+        lambda: {"image": random(batch, width), "projection": random(out, width) * width**-0.5, **texts()},
         lambda image, projection, positive, negative: sk.relative_reward(
             image, positive, negative, kappa, projection=projection
         ),
@@ -131,7 +124,7 @@ def _reward_cases(batch: int) -> Iterator[Case]:
     yield Case(
         "relative_reward_loss",
         f"{batch} x {out}",
-        lambda: {"image": _random(batch, out), **texts()},
+        lambda: {"image": random(batch, out), **texts()},
         lambda image, positive, negative: sk.relative_reward_loss(image, positive, negative, kappa, 0.7)[0],
         lambda image, positive, negative: torch.relu(0.7 - score(image, positive, negative)),
         ("image",),
@@ -140,8 +133,13 @@ def _reward_cases(batch: int) -> Iterator[Case]:
     )
 
 
-def _resize_case(batch: int, side: int) -> Case:
+def _resize_case(batch: int, side: int, device: str) -> Case:
     """The decoder's image to a ViT's input."""
+
+    def make() -> dict[str, Tensor]:
+        image = torch.rand(batch, 3, side, side, device=device, dtype=torch.bfloat16) * 1.9 - 0.95
+        # Bounds of the range stay out: torch's gradient there depends on its version.
+        return {"image": image.contiguous(memory_format=torch.channels_last)}
 
     def eager(image: Tensor) -> Tensor:
         unit = ((image.float() + 1) / 2).clamp(0, 1)
@@ -152,7 +150,7 @@ def _resize_case(batch: int, side: int) -> Case:
     return Case(
         "resize_normalize",
         f"{batch} x 3 x {side} x {side} -> 224",
-        lambda: {"image": _random(batch, 3, side, side).contiguous(memory_format=torch.channels_last)},
+        make,
         lambda image: sk.resize_normalize(image, 224, _MEAN, _STD),
         eager,
         ("image",),

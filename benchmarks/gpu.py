@@ -1,6 +1,7 @@
-"""``python -m benchmarks.gpu``: test and time every operator on this machine's NVIDIA GPU, into one JSON file.
+"""``python -m benchmarks.gpu``: test and time every operator, and FLUX.1-dev's transformer, on this machine's GPU.
 
-Needs the packages already installed and no network. Exit status: 0 done, 1 a test failed, 4 no GPU.
+Into one JSON file, written anew after every part. Needs the packages already installed and no network. Exit status:
+0 done, 1 a test failed, 4 no GPU.
 """
 
 from __future__ import annotations
@@ -19,38 +20,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, cases
+from benchmarks.case import Case, Output
+from benchmarks.cases import cases
 from benchmarks.timing import copy_bandwidth, median_ms, rotations
+from benchmarks.transformer import transformer_results
 
 ROOT = Path(__file__).parent.parent
+_PARTS = ("tests", "operators", "transformer")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder of the JSON file")
-    parser.add_argument("--no-tests", action="store_true", help="time only")
+    parser.add_argument("--parts", nargs="+", choices=_PARTS, default=_PARTS, help="default all of them, in order")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print(f"benchmarks.gpu: no NVIDIA GPU visible to torch {torch.__version__}", file=sys.stderr)
         return 4
     started = time.time()
-    tests = None if options.no_tests else _run_tests()
+    device = torch.cuda.get_device_name().replace(" ", "-").lower()
+    path = options.out / f"{device}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime(started))}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     bandwidth = copy_bandwidth()
     print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
-    results = [_measure(case, bandwidth) for case in cases()]
-    report = {
-        "environment": _environment(),
-        "copy_bandwidth_tb_s": bandwidth / 1e12,
-        "tests": tests,
-        "operators": results,
-        "seconds": round(time.time() - started, 1),
+    report: dict[str, Any] = {"environment": _environment(), "copy_bandwidth_tb_s": bandwidth / 1e12, "seconds": {}}
+    measures: dict[str, Callable[[], Any]] = {
+        "tests": _run_tests,
+        "operators": lambda: [_measure(case, bandwidth) for case in cases()],
+        "transformer": lambda: list(transformer_results()),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    device = torch.cuda.get_device_name().replace(" ", "-").lower()
-    path = options.out / f"ops-{device}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime(started))}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for part in options.parts:
+        began = time.time()
+        report[part] = measures[part]()
+        report["seconds"][part] = round(time.time() - began, 1)
+        partial_file = path.with_suffix(".partial")
+        partial_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        partial_file.replace(path)
     print(f"written: {path}")
-    return 1 if tests is not None and tests["exit_status"] else 0
+    return 1 if report.get("tests", {}).get("exit_status") else 0
 
 
 def _run_tests() -> dict[str, Any]:
@@ -85,15 +92,18 @@ def _measure(case: Case, bandwidth: float) -> dict[str, Any]:
     return row
 
 
-def _forward(form: Callable[..., Tensor], inputs: dict[str, Tensor]) -> Tensor:
+def _forward(form: Callable[..., Output], inputs: dict[str, Tensor]) -> Output:
     with torch.no_grad():
         return form(**inputs)
 
 
-def _forward_backward(form: Callable[..., Tensor], case: Case, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+def _forward_backward(form: Callable[..., Output], case: Case, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """Gradients, the outputs being their own upstream gradients."""
     given = {name: t.detach().requires_grad_(name in case.differentiable) for name, t in inputs.items()}
     output = form(**given)
-    return torch.autograd.grad(output, [given[name] for name in case.differentiable], output.detach())
+    outputs = (output,) if isinstance(output, Tensor) else output
+    wanted = [given[name] for name in case.differentiable]
+    return torch.autograd.grad(outputs, wanted, [each.detach() for each in outputs])
 
 
 def _environment() -> dict[str, Any]:
@@ -103,7 +113,7 @@ def _environment() -> dict[str, Any]:
     )
     sha = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
     packages: dict[str, str | None] = {}
-    for package in ("torch", "triton", "torchvision"):
+    for package in ("torch", "triton", "torchvision", "diffusers"):
         try:
             packages[package] = version(package)
         except PackageNotFoundError:

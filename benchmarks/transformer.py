@@ -1,0 +1,137 @@
+"""A full-size FLUX.1-dev transformer, random weights: unpatched and patched, eager and compiled."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from srpo.latents import image_ids
+from srpo_kernels import FluxRollout, patch
+
+__all__ = ["transformer_results"]
+
+_TEXT = 512
+_CONFIG = dict(guidance_embeds=True)  # everything else of FLUX.1-dev is diffusers' default
+
+
+def transformer_results(side: int = 90, batch: int = 1, **changes: Any) -> Iterator[dict[str, Any]]:
+    """Forward, and forward with backward into every parameter, of latents side x side (90: 720 px).
+
+    Milliseconds (median), achieved TFLOP/s and peak memory of each form; then a rollout step and attention backends.
+    """
+    flops, inputs = _flops(side, batch, changes), _inputs(side, batch, torch.device("cuda"))
+
+    def both(form: str, model: Any) -> Iterator[dict[str, Any]]:
+        yield _row(form, "forward", partial(_forward, model, inputs), flops)
+        yield _row(form, "forward+backward", partial(_train, model, inputs), 3 * flops)
+
+    for form, patched, compiled in (
+        ("unpatched eager", False, False),
+        ("patched eager", True, False),
+        ("unpatched compiled", False, True),
+        ("patched compiled", True, True),
+    ):
+        torch.compiler.reset()
+        model = _model(changes)
+        if patched:
+            patch(model, strict=True)
+        if compiled:
+            model.compile_repeated_blocks(fullgraph=True)
+        yield from both(form, model)
+        for graph in (False, True) if patched and not compiled else ():
+            step = partial(_rollout(model, inputs, graph=graph).velocity, inputs["hidden_states"], 1)
+            yield _row(f"{form}, rollout{' as a CUDA graph' if graph else ''}", "forward", step, flops)
+        for backend in ("_native_cudnn", "_native_flash") if patched and not compiled else ():
+            model.set_attention_backend(backend)
+            yield from both(f"{form}, {backend}", model)
+        del model
+        torch.cuda.empty_cache()
+
+
+def _model(changes: dict[str, Any], device: str = "cuda") -> Any:
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(**{**_CONFIG, **changes}).bfloat16()
+    model.to_empty(device=device)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def _inputs(side: int, batch: int, device: torch.device) -> dict[str, Any]:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=torch.bfloat16)
+
+    return dict(
+        hidden_states=normal(batch, (side // 2) ** 2, 64),
+        encoder_hidden_states=normal(batch, _TEXT, 4096),
+        pooled_projections=normal(batch, 768),
+        timestep=torch.full((batch,), 0.5, device=device),
+        guidance=torch.full((batch,), 3.5, device=device),
+        img_ids=image_ids(side, side).to(device),
+        txt_ids=torch.zeros(_TEXT, 3, device=device),
+        return_dict=False,
+    )
+
+
+def _flops(side: int, batch: int, changes: dict[str, Any]) -> int:
+    """Of one forward pass, counted on shapes."""
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(**{**_CONFIG, **changes}).bfloat16()
+    with FlopCounterMode(display=False) as counter:
+        model(**_inputs(side, batch, torch.device("meta")))
+    return counter.get_total_flops()
+
+
+@torch.no_grad()
+def _forward(model: Any, inputs: dict[str, Any]) -> Tensor:
+    return model(**inputs)[0]
+
+
+def _train(model: Any, inputs: dict[str, Any]) -> None:
+    for parameter in model.parameters():
+        parameter.grad = None
+    out = model(**inputs)[0]
+    out.backward(torch.ones_like(out))
+
+
+def _rollout(model: Any, inputs: dict[str, Any], *, graph: bool) -> FluxRollout:
+    return FluxRollout(
+        model,
+        inputs["encoder_hidden_states"],
+        inputs["pooled_projections"],
+        [1.0, 0.5],
+        guidance=3.5,
+        txt_ids=inputs["txt_ids"],
+        img_ids=inputs["img_ids"],
+        graph=graph,
+    )
+
+
+def _row(form: str, mode: str, run: Callable[[], Any], flops: int, repeats: int = 10) -> dict[str, Any]:
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in pairs:
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    milliseconds = statistics.median(start.elapsed_time(end) for start, end in pairs)
+    row = {
+        "form": form,
+        "mode": mode,
+        "ms": milliseconds,
+        "tflop_s": flops / (milliseconds * 1e-3) / 1e12,
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+    }
+    print(f"transformer, {form}, {mode}: {milliseconds:.1f} ms, {row['tflop_s']:.0f} TFLOP/s, {row['peak_gb']:.1f} GB")
+    return row

@@ -1,0 +1,64 @@
+"""Every measured case, small and on the CPU: ours is the eager form, and counts what there is to move."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import transformer
+from benchmarks.case import Case
+from benchmarks.cases import cases
+from benchmarks.gpu import _forward, _forward_backward
+from benchmarks.transformer import _flops, _inputs, _model
+from srpo_kernels import patch
+
+
+@pytest.mark.parametrize("case", cases("cpu", small=True), ids=lambda case: case.op)
+def test_ours_is_what_eager_computes(case: Case) -> None:
+    torch.manual_seed(0)
+    inputs = case.make()
+    for run in (_forward, partial(_forward_backward, case=case)):
+        ours, eager = (_tuple(run(form, inputs=inputs)) for form in (case.ours, case.eager))
+        for actual, expected in zip(ours, eager, strict=True):
+            assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+            if "NoisePrior" not in case.op:  # drawn otherwise
+                assert (actual - expected).float().norm() <= 0.02 * expected.float().norm()
+
+
+@pytest.mark.parametrize("case", cases("cpu", small=True), ids=lambda case: case.op)
+def test_floors_are_what_there_is_to_move(case: Case) -> None:
+    """Forward reads every input and writes every output; vectors are not counted, and are a tenth here."""
+    inputs = case.make()
+    kept = inputs["image"].numel() if case.op == "relative_reward_loss" else 0  # a gradient, for backward
+    moved = kept + sum(tensor.numel() for tensor in (*inputs.values(), *_tuple(_forward(case.eager, inputs))))
+    assert 0.85 * moved <= case.forward_elements <= moved
+    assert case.backward_elements > 0
+
+
+def test_full_size_transformer_is_flux_dev() -> None:
+    assert _flops(90, 1, {}) == pytest.approx(37.3e12, rel=1e-3)  # 32.75 in linears and 4.51 in attention
+
+
+def test_transformer_forms_agree() -> None:
+    small = dict(num_layers=1, num_single_layers=1, num_attention_heads=2)
+    torch.manual_seed(0)
+    model, inputs = _model(small, "cpu"), _inputs(4, 1, torch.device("cpu"))
+    plain = transformer._forward(model, inputs)
+    transformer._train(model, inputs)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    patch(model, strict=True)
+    ours = transformer._forward(model, inputs)
+    for other in (ours, transformer._rollout(model, inputs, graph=False).velocity(inputs["hidden_states"], 1)):
+        assert (other - plain).float().norm() <= 0.02 * plain.float().norm()
+
+
+def test_the_command_stays_short() -> None:
+    """Ten minutes in all, at about 5 s to compile the eager form of a case."""
+    assert len(list(cases("cpu"))) <= 50
+
+
+def _tuple(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (output,) if isinstance(output, Tensor) else output
