@@ -8,18 +8,24 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from srpo.data import control_group
 from srpo.errors import InputError
 from srpo.models import Precision
 from srpo.objective import SRPOConfig
 from srpo.rewards import RewardConfig
+from srpo_kernels.patching.flux import OPS as PATCHABLE
 
 __all__ = ["DataConfig", "ModelConfig", "RunConfig", "TrainConfig", "dump_config", "find_recipe", "load_config"]
+
+#: YAML reads a bare ``off`` as false.
+Kernels = Annotated[
+    Literal["auto", "off"] | list[str], BeforeValidator(lambda value: "off" if value is False else value)
+]
 
 
 @dataclass(frozen=True)
@@ -29,10 +35,14 @@ class ModelConfig:
     path: str
     precision: Precision = "fp32"
     max_sequence_length: int = 512  # T5 tokens
-    gradient_checkpointing: bool = False  # recompute transformer blocks and the whole image path in backward
-    image_chunk: int | None = None  # with it: images decoded and scored at a time; null: all of a batch
+    kernels: Kernels = "auto"  # operators of srpo_kernels to patch in: all that fit, none, or a list of them
+    # What transformer blocks keep for backward (srpo_kernels.checkpointing). Not none: nothing of the image path.
+    checkpointing: Literal["none", "selective", "block", "auto"] = "none"
+    image_chunk: int | None = None  # when it is: images decoded and scored at a time; null: all of a batch
 
     def __post_init__(self) -> None:
+        if not isinstance(self.kernels, str) and (not self.kernels or set(self.kernels) - set(PATCHABLE)):
+            raise ValueError(f"model.kernels must be auto, off or names of {', '.join(PATCHABLE)}; got {self.kernels}")
         if self.image_chunk is not None and self.image_chunk < 1:
             raise ValueError(f"model.image_chunk must be at least 1 or null, got {self.image_chunk}")
         if not 1 <= self.max_sequence_length <= 512:

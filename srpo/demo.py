@@ -199,6 +199,7 @@ def _export_and_reload(out: Path, run: _Run, tuned: Flux) -> bool:
         latents=tuned.noise(count, objective.height, objective.width, generator(0, 0, 0, "export")),
         output_type="pt",
     )
+    tuned.unpatch()  # the exported model is diffusers' own
     reloaded = FluxPipeline.from_pretrained(out, local_files_only=True)
     reloaded.set_progress_bar_config(disable=True)
     return torch.equal(tuned.pipeline(**options).images, reloaded(**options).images)

@@ -6,7 +6,7 @@ The tiny model and FLUX.1-dev go through the same code; only the path differs.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from srpo.errors import InputError
 from srpo.files import has_vocabulary
 from srpo.latents import image_ids, pack, unpack
 from srpo.objective import LatentLayout
+from srpo_kernels import FluxRollout, PatchHandle, patch
 
 __all__ = ["Conditioning", "Flux", "Precision", "check_image_size", "check_model_directory"]
 
@@ -51,11 +52,13 @@ class Flux:
         self.max_sequence_length = max_sequence_length
         self.transformer = pipeline.transformer
         self.vae = pipeline.vae
+        self.patched: PatchHandle | None = None
         for frozen in (self.vae, pipeline.text_encoder, pipeline.text_encoder_2):
             frozen.requires_grad_(False).eval()
         # One prompt at a time: an embedding must not depend on which prompts shared its batch,
         # or a resumed run would differ in the last bit.
         self._encode_prompt = lru_cache(maxsize=2048)(self._encode_prompt)  # type: ignore[method-assign]
+        self._position_ids = lru_cache(maxsize=8)(self._make_position_ids)
 
     @classmethod
     def load(
@@ -86,6 +89,17 @@ class Flux:
         flux = cls(pipeline, precision=precision, max_sequence_length=max_sequence_length)
         flux.transformer.requires_grad_(trainable)
         return flux
+
+    def patch(self, kernels: Literal["auto", "off"] | Sequence[str]) -> None:
+        """Run the transformer on srpo_kernels' operators: all that fit, none, or those named."""
+        if kernels != "off":
+            self.patched = patch(self.transformer, None if kernels == "auto" else kernels)
+
+    def unpatch(self) -> None:
+        """Run the transformer as diffusers wrote it."""
+        if self.patched is not None:
+            self.patched.remove()
+            self.patched = None
 
     @property
     def device(self) -> torch.device:
@@ -122,18 +136,56 @@ class Flux:
         batch = x_t.shape[0]
         text = conditioning.prompt_embeds
         levels = torch.full((batch,), guidance, device=x_t.device) if self.transformer.config.guidance_embeds else None
-        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        text_ids, image_ids = self._position_ids(text.shape[1], size)
+        with self._autocast():
             predicted = self.transformer(
                 hidden_states=x_t.to(self.transformer.dtype),
                 timestep=sigma.to(x_t.dtype),
                 guidance=levels,
                 pooled_projections=conditioning.pooled.to(self.transformer.dtype),
                 encoder_hidden_states=text.to(self.transformer.dtype),
-                txt_ids=torch.zeros(text.shape[1], 3, device=x_t.device),
-                img_ids=image_ids(*self.latent_size(*size)).to(x_t.device),
+                txt_ids=text_ids,
+                img_ids=image_ids,
                 return_dict=False,
             )[0]
         return predicted.to(x_t.dtype)
+
+    def trajectory(
+        self, sigmas: Sequence[float], conditioning: Conditioning, guidance: float, size: tuple[int, int]
+    ) -> Callable[[Tensor, int], Tensor]:
+        """``(x_t, step) -> velocity`` along noise levels `sigmas`, without gradients, for as long as the weights stay.
+
+        What no step changes is made once when the transformer is patched and whole; otherwise this is `velocity`.
+        """
+        if FluxRollout.unavailable(self.transformer):
+            levels = torch.tensor(sigmas, device=self.device)
+            batch = len(conditioning.pooled)
+            return lambda x_t, step: self.velocity(x_t, levels[step].expand(batch), conditioning, guidance, size)
+        text_ids, image_ids = self._position_ids(conditioning.prompt_embeds.shape[1], size)
+        dtype = self.transformer.dtype
+        with self._autocast():
+            rollout = FluxRollout(
+                self.transformer,
+                conditioning.prompt_embeds.to(dtype),
+                conditioning.pooled.to(dtype),
+                sigmas,
+                guidance=guidance if self.transformer.config.guidance_embeds else None,
+                txt_ids=text_ids,
+                img_ids=image_ids,
+            )
+
+        def velocity(x_t: Tensor, step: int) -> Tensor:
+            with self._autocast():
+                return rollout.velocity(x_t.to(dtype), step).to(x_t.dtype)
+
+        return velocity
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def _make_position_ids(self, text: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Ids of `text` text tokens and of the image's: the same tensors every time, which patched models look at."""
+        return torch.zeros(text, 3, device=self.device), image_ids(*self.latent_size(*size)).to(self.device)
 
     def layout(self, size: tuple[int, int]) -> LatentLayout:
         """How packed latents of a `size` image become what `decode` takes."""

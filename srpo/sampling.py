@@ -31,13 +31,13 @@ def rollout(
 
     `on_step` is called before every model call and may raise to abandon the rollout.
     """
-    conditioning = flux.encode_prompts(prompts)
+    sigmas = shifted_sigmas(steps, shift).tolist()
+    velocity = flux.trajectory(sigmas[:-1], flux.encode_prompts(prompts), guidance, size)
     latents = noise
-    for sigma, following in pairwise(shifted_sigmas(steps, shift).tolist()):
+    for step, (sigma, following) in enumerate(pairwise(sigmas)):
         if on_step is not None:
             on_step()
-        level = torch.full((len(latents),), sigma, device=latents.device)
-        latents = latents + (following - sigma) * flux.velocity(latents, level, conditioning, guidance, size)
+        latents = latents + (following - sigma) * velocity(latents, step)
     return latents
 
 

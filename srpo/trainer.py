@@ -27,6 +27,7 @@ from srpo.rundir import updates_done, write_config
 from srpo.runlog import RunLog
 from srpo.sampling import rollout, sample_images
 from srpo.signals import Stop, StopRequestedError
+from srpo_kernels.checkpointing import FluxPolicy, flux_policy, free_memory
 
 __all__ = ["NonFiniteError", "Trainer"]
 
@@ -91,8 +92,8 @@ class Trainer:
             max_sequence_length=config.model.max_sequence_length,
             trainable=True,
         )
-        if config.model.gradient_checkpointing:
-            self.flux.transformer.enable_gradient_checkpointing()
+        self.flux.patch(config.model.kernels)
+        self.policy = self._checkpointing_policy()
         named = dict(self.flux.transformer.named_parameters())
         self.names, self.parameters = list(named), list(named.values())
         self.optimizer = torch.optim.AdamW(
@@ -109,6 +110,23 @@ class Trainer:
         if self.ranks.is_main:
             write_config(self.directory, config)
         self.ranks.barrier()
+
+    def _checkpointing_policy(self) -> FluxPolicy:
+        """What the transformer keeps for backward; "auto" leaves room for gradients and optimizer states."""
+        config, flux = self.config, self.flux
+        height, width = flux.latent_size(*self.size)
+        free = None
+        if config.model.checkpointing == "auto":
+            weights = sum(parameter.nbytes for parameter in flux.transformer.parameters())
+            free = max(0, free_memory(flux.device) - 3 * weights)  # AdamW keeps two states, and there are gradients
+        return flux_policy(
+            flux.transformer,
+            config.model.checkpointing,
+            batch=2 * config.run.micro_batch,  # both branches go through the model together
+            tokens=height * width // 4 + config.model.max_sequence_length,
+            dtype=torch.bfloat16 if config.model.precision == "bf16" else torch.float32,
+            free=free,
+        )
 
     def fit(self, on_update: Callable[[int], None] | None = None) -> int:
         """Train to the last update and return the number of updates done.
@@ -127,7 +145,8 @@ class Trainer:
         try:
             with Stop() as stop:
                 if log is not None:
-                    log.event("start", step=step, updates=total)
+                    kernels = self.flux.patched.report() if self.flux.patched else "off"
+                    log.event("start", step=step, updates=total, kernels=kernels, checkpointing=str(self.policy))
                 if step == 0:
                     self._sample(0)
                 while step < total and not self.ranks.any(stop.signal is not None):
@@ -237,7 +256,7 @@ class Trainer:
             threshold=objective.threshold,
             twin_noise=twin,
             latent=self.flux.layout(self.size),
-            checkpoint=self.config.model.gradient_checkpointing,
+            checkpoint=self.config.model.checkpointing != "none",
             chunk=self.config.model.image_chunk,
         )
         names = tuple(branch.name for branch in pair)

@@ -61,7 +61,7 @@ def test_loss_trajectory_is_that_of_the_formulas(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("chunk", ["null", "1", "3"])
 def test_checkpointed_image_path_trains_the_same(chunk: str, tmp_path: Path) -> None:
     Trainer(quick_config(tmp_path / "plain", "srpo.updates=2")).fit()
-    recomputed = ["model.gradient_checkpointing=true", f"model.image_chunk={chunk}"]
+    recomputed = ["model.checkpointing=block", f"model.image_chunk={chunk}"]
     Trainer(quick_config(tmp_path / "recomputed", "srpo.updates=2", *recomputed)).fit()
     plain, ours = (read_log(tmp_path / name) for name in ("plain", "recomputed"))
     for a, b in zip(plain, ours, strict=True):

@@ -131,10 +131,30 @@ def test_only_the_transformer_learns(tmp_path: Path) -> None:
     assert all(parameter.grad is not None for parameter in trainer.parameters)
 
 
-def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
-    for name, flag in (("off", "false"), ("on", "true")):
-        Trainer(quick_config(tmp_path / name, "srpo.updates=1", f"model.gradient_checkpointing={flag}")).fit()
-    assert state_of(tmp_path / "off", 1) == state_of(tmp_path / "on", 1)
+def test_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    for mode in ("none", "selective", "block", "auto"):
+        Trainer(quick_config(tmp_path / mode, "srpo.updates=1", f"model.checkpointing={mode}")).fit()
+    for mode in ("selective", "block", "auto"):
+        assert state_of(tmp_path / "none", 1) == state_of(tmp_path / mode, 1)
+
+
+def _start_event(directory: Path) -> dict:
+    return json.loads((directory / "log.jsonl").read_text().splitlines()[0])
+
+
+def test_patched_by_default_and_logged(tmp_path: Path) -> None:
+    for name, kernels in (("auto", "auto"), ("off", "off"), ("some", "[gelu_tanh, gelu_concat]")):
+        Trainer(quick_config(tmp_path / name, "srpo.updates=2", f"model.kernels={kernels}")).fit()
+    events = {name: _start_event(tmp_path / name) for name in ("auto", "off", "some")}
+    assert events["off"]["kernels"] == "off"
+    assert "modules patched, 0 refused" in events["auto"]["kernels"]
+    assert "joint_qk_norm_rope" in events["auto"]["kernels"]
+    assert "joint_qk_norm_rope" not in events["some"]["kernels"]
+    assert events["auto"]["checkpointing"].startswith("activation checkpointing: none")
+    for name in ("auto", "some"):
+        for ours, plain in zip(read_log(tmp_path / name), read_log(tmp_path / "off"), strict=True):
+            assert ours["losses"]["total"] == pytest.approx(plain["losses"]["total"], rel=1e-5)
+            assert ours["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
 
 
 def test_gradient_is_the_mean_over_draws_and_clipped(tmp_path: Path) -> None:
