@@ -24,12 +24,13 @@ def _rows(tile, length, batch, HEADS: tl.constexpr, ROWS: tl.constexpr):
     """Of a tile's rows, each [ROWS, 1]: number, whether it exists, image, position in its stream, head."""
     row = tile * ROWS + tl.arange(0, ROWS)[:, None]
     token = row // HEADS
-    return row, token < batch * length, token // length, token % length, row % HEADS
+    image, position = (token // length).to(tl.int64), (token % length).to(tl.int64)
+    return row.to(tl.int64), token < batch * length, image, position, row % HEADS
 
 
 @triton.jit
 def _offset(image, position, head, strides):
-    return image.to(tl.int64) * strides[0] + position.to(tl.int64) * strides[1] + head.to(tl.int64) * strides[2]
+    return image * strides[0] + position * strides[1] + head.to(tl.int64) * strides[2]
 
 
 @triton.jit
@@ -56,7 +57,7 @@ def _forward_rows(x, weight_ptr, cos, sin, out_ptr, columns, mask, minus, eps, W
     x = x.to(cos.dtype)
     y = x * _rstd(x, eps, WIDTH) * weight
     out = y * cos - _turn(y, minus) * sin
-    tl.store(out_ptr + columns, out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -86,15 +87,15 @@ def _forward_tile(
     mask = exists & (columns < WIDTH)
     source = _offset(image, position, head, strides) + columns
     position += start
-    target = ((image * total + position) * HEADS + head).to(tl.int64) * WIDTH
-    angle = position.to(tl.int64) * WIDTH + columns
+    target = ((image * total + position) * HEADS + head) * WIDTH + columns
+    angle = position * WIDTH + columns
     q = tl.load(ptrs[0] + source, mask=mask, other=0.0)
     k = tl.load(ptrs[1] + source, mask=mask, other=0.0)
     cos = tl.load(cos_ptr + angle, mask=mask, other=0.0).to(ACC)
     sin = tl.load(sin_ptr + angle, mask=mask, other=0.0).to(ACC)
     if ptrs[2] is not None:
         v = tl.load(ptrs[2] + source, mask=mask, other=0.0)
-        tl.store(outs[2] + target + columns, v.to(outs[2].dtype.element_ty), mask=mask)
+        tl.store(outs[2] + target, v.to(outs[2].dtype.element_ty), mask=mask)
     _forward_rows(q, weights[0], cos, sin, outs[0] + target, columns, mask, minus, eps, WIDTH)
     _forward_rows(k, weights[1], cos, sin, outs[1] + target, columns, mask, minus, eps, WIDTH)
 
@@ -198,7 +199,7 @@ def _backward_tiles(
             position += start
             source = _offset(image, position, head, dout_strides) + columns
             dout = tl.load(douts[index] + source, mask=mask, other=0.0).to(ACC)
-            angle = position.to(tl.int64) * WIDTH + columns
+            angle = position * WIDTH + columns
             cos = tl.load(cos_ptr + angle, mask=mask, other=0.0).to(ACC)
             sin = tl.load(sin_ptr + angle, mask=mask, other=0.0).to(ACC)
             rstd = _rstd(x, eps, WIDTH)
@@ -208,7 +209,7 @@ def _backward_tiles(
             if outs[index] is not None:
                 dunit = dy * weight
                 dx = (dunit - unit * (tl.sum(dunit * unit, 1, keep_dims=True) / WIDTH)) * rstd
-                target = outs[index] + row.to(tl.int64) * WIDTH + columns
+                target = outs[index] + row * WIDTH + columns
                 tl.store(target, dx.to(target.dtype.element_ty), mask=mask)
         if partials_ptr is not None:
             partial = partials_ptr + tl.program_id(0) * WIDTH + column

@@ -189,7 +189,11 @@ def test_nothing_to_do(shape: tuple[int, int, int, int], device: str) -> None:
 # --- contract -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("subset", [{"q"}, {"k"}, {"q", "k"}, {"q_weight"}, {"k_weight"}, {"k", "q_weight"}], ids=str)
+@pytest.mark.parametrize(
+    "subset",
+    [{"q"}, {"k"}, {"q", "k"}, {"q_weight"}, {"k_weight"}, {"k", "q_weight"}],
+    ids=lambda names: "+".join(sorted(names)),
+)
 def test_only_what_is_wanted(subset: set[str], device: str) -> None:
     inputs = tensors(2, 5, 3, 8, device=device)
 
@@ -293,8 +297,8 @@ def resources(architecture: int, kind: str, width: int, text: bool, kernel: str)
     known: dict[str, Any] = dict(minus="fp64", eps="fp64", HEADS=24, WIDTH=width, ACC=tl.float32, **tile)
     known |= dict(cos_ptr="*fp32", sin_ptr="*fp32", partials_ptr="*fp32" if kernel == "weights" else None)
     for name in function.arg_names:
-        if not text and (name.startswith("text") or name in ("image_v_ptr", "v_ptr")):
-            known[name] = 0 if name == "text_length" else None
+        if not text and name.endswith("_ptr") and (name.startswith("text") or name in ("image_v_ptr", "v_ptr")):
+            known[name] = None
         elif name not in known:
             known[name] = kind if name.endswith("_ptr") else "i32"
     arguments = {name: known[name] for name in function.arg_names}
