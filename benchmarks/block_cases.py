@@ -1,4 +1,7 @@
-"""What surrounds attention and matrix products in FLUX's blocks. The eager forms are what diffusers writes."""
+"""What surrounds attention and matrix products in FLUX's blocks, and QuickGELU in CLIP's, at the same sizes.
+
+The eager forms are what diffusers and transformers write.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm, rms_norm
 
 import srpo_kernels as sk
-from benchmarks.case import Case, Output
+from benchmarks.case import Case
+from srpo_kernels.patching.eager import EAGER
 
 __all__ = ["block_cases"]
 
@@ -42,124 +45,51 @@ def block_cases(
         return {"cos": angle.cos(), "sin": angle.sin()}
 
     def case(
-        make: Callable[[], dict[str, Tensor]],
-        ours: Callable[..., Output],
-        eager: Callable[..., Output],
-        forward: int,
-        backward: int,
-        size: int = dim,
+        name: str, make: Callable[[], dict[str, Tensor]], forward: int, backward: int, size: int = dim, **options: float
     ) -> Case:
         """Forward and backward move so many tensors of `tokens` x `dim`; `size` is the width of the output."""
-        wanted = tuple(name for name in inspect.signature(eager).parameters if name not in ("cos", "sin"))
+        ours, eager = (partial(form, **options) for form in (getattr(sk, name), EAGER[name]))
+        wanted = tuple(name for name in inspect.signature(EAGER[name]).parameters if name not in ("cos", "sin", "eps"))
         hidden, shape = batch * tokens * dim, f"{batch} x {tokens} x {size}"
-        name = eager.__name__.strip("_")
         return Case(name, shape, make, ours, eager, wanted, forward * hidden, backward * hidden)
 
+    yield case("layer_norm_modulate", lambda: rows("x") | vectors("scale", "shift"), 2, 3, eps=_EPS)
+    yield case("gated_residual", lambda: rows("residual", "branch") | vectors("gate"), 3, 3)
     yield case(
-        lambda: rows("x") | vectors("scale", "shift"),
-        lambda **given: sk.layer_norm_modulate(**given),
-        _layer_norm_modulate,
-        2,
-        3,
-    )
-    yield case(
-        lambda: rows("residual", "branch") | vectors("gate"),
-        lambda **given: sk.gated_residual(**given),
-        _gated_residual,
-        3,
-        3,
-    )
-    yield case(
+        "gated_residual_layer_norm_modulate",
         lambda: rows("residual", "branch") | vectors("gate", "scale", "shift"),
-        lambda **given: sk.gated_residual_layer_norm_modulate(**given),
-        _gated_residual_layer_norm_modulate,
         4,
         6,
+        eps=_EPS,
     )
     yield case(
+        "qk_norm_rope",
         lambda: split("q", "k") | weights("q_weight", "k_weight") | rotation(),
-        lambda **given: sk.qk_norm_rope(**given),
-        _qk_norm_rope,
         4,
         6,
+        eps=_EPS,
     )
     yield case(
+        "joint_qk_norm_rope",
         lambda: (
             split("text_q", "text_k", "text_v", length=text)
             | split("image_q", "image_k", "image_v", length=tokens - text)
             | weights("text_q_weight", "text_k_weight", "image_q_weight", "image_k_weight")
             | rotation()
         ),
-        lambda **given: sk.joint_qk_norm_rope(**given),
-        _joint_qk_norm_rope,
         6,
         8,
+        eps=_EPS,
     )
-    yield case(lambda: rows("x", size=4 * dim), lambda x: sk.gelu_tanh(x), _gelu_tanh, 8, 12, 4 * dim)
-    yield case(
-        lambda: rows("attn") | rows("mlp", size=4 * dim),
-        lambda attn, mlp: sk.gelu_concat(attn, mlp),
-        _gelu_concat,
-        10,
-        12,
-        5 * dim,
+    yield case("gelu_tanh", lambda: rows("x", size=4 * dim), 8, 12, 4 * dim)
+    yield case("gelu_concat", lambda: rows("attn") | rows("mlp", size=4 * dim), 10, 12, 5 * dim)
+    yield Case(
+        "quick_gelu",
+        f"{batch} x {tokens} x {4 * dim}",
+        lambda: rows("x", size=4 * dim),
+        sk.quick_gelu,
+        lambda x: x * torch.sigmoid(1.702 * x),
+        ("x",),
+        8 * batch * tokens * dim,
+        12 * batch * tokens * dim,
     )
-
-
-def _layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return layer_norm(x, x.shape[-1:], eps=_EPS) * (1 + scale)[:, None] + shift[:, None]
-
-
-def _gated_residual(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    return residual + gate[:, None] * branch
-
-
-def _gated_residual_layer_norm_modulate(
-    residual: Tensor, gate: Tensor, branch: Tensor, scale: Tensor, shift: Tensor
-) -> tuple[Tensor, Tensor]:
-    residual = _gated_residual(residual, gate, branch)
-    return residual, _layer_norm_modulate(residual, scale, shift)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`diffusers.models.embeddings.apply_rotary_emb`."""
-    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-imaginary, real], -1).flatten(-2)
-    return (x.float() * cos[:, None] + turned.float() * sin[:, None]).to(x.dtype)
-
-
-def _norm(x: Tensor, weight: Tensor) -> Tensor:
-    return rms_norm(x, x.shape[-1:], weight, _EPS)
-
-
-def _qk_norm_rope(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor]:
-    return _rotate(_norm(q, q_weight), cos, sin), _rotate(_norm(k, k_weight), cos, sin)
-
-
-def _joint_qk_norm_rope(
-    text_q: Tensor,
-    text_k: Tensor,
-    text_v: Tensor,
-    image_q: Tensor,
-    image_k: Tensor,
-    image_v: Tensor,
-    text_q_weight: Tensor,
-    text_k_weight: Tensor,
-    image_q_weight: Tensor,
-    image_k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    q = torch.cat([_norm(text_q, text_q_weight), _norm(image_q, image_q_weight)], 1)
-    k = torch.cat([_norm(text_k, text_k_weight), _norm(image_k, image_k_weight)], 1)
-    return _rotate(q, cos, sin), _rotate(k, cos, sin), torch.cat([text_v, image_v], 1)
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return gelu(x, approximate="tanh")
-
-
-def _gelu_concat(attn: Tensor, mlp: Tensor) -> Tensor:
-    return torch.cat([attn, gelu(mlp, approximate="tanh")], -1)

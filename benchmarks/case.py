@@ -26,3 +26,4 @@ class Case:
     forward_elements: float  # moved at least, in elements of `dtype`
     backward_elements: float
     dtype: torch.dtype = torch.bfloat16
+    compiled: bool = True  # also time the eager form compiled, which takes seconds to prepare

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,10 +15,13 @@ from torchvision.transforms.v2 import functional as vision
 import srpo_kernels as sk
 from benchmarks.block_cases import block_cases
 from benchmarks.case import Case
+from benchmarks.vae_cases import norm_case
 from srpo_kernels.latents import unpack
 
 __all__ = ["cases"]
 
+#: Batch, channels and sides of what the VAE's decoder norms, for images of 720 and at last of 1024 pixels.
+_DECODER = [(1, 512, 90), (1, 512, 180), (1, 256, 360), (1, 256, 720), (1, 128, 720), (2, 128, 1024)]
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -32,11 +36,14 @@ def cases(device: str = "cuda", *, small: bool = False) -> Iterator[Case]:
         yield from _reward_cases(batch, device)
     for batch, side in [(1, 256)] if small else [(2, 720), (2, 1024), (16, 720)]:
         yield _resize_case(batch, side, device)
+    for batch, channels, side in [(2, 64, 8)] if small else _DECODER:
+        yield norm_case(batch, channels, side, device)
     if small:
         yield from block_cases(2, 12, 4, device, heads=4, width=32)
     else:
         for batch, tokens in [(1, 2537), (4, 2537), (1, 4608), (4, 4608)]:  # images of 720 and 1024 pixels
-            yield from block_cases(batch, tokens, 512, device)
+            for case in block_cases(batch, tokens, 512, device):
+                yield replace(case, compiled=tokens == 2537)
 
 
 def _latent_cases(batch: int, side: int, device: str) -> Iterator[Case]:

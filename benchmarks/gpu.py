@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu``: test and time every operator, and FLUX.1-dev's transformer, on this machine's GPU.
+"""``python -m benchmarks.gpu``: test and time operators and whole models on this machine's GPU.
 
 Into one JSON file, written anew after every part. Needs the packages already installed and no network. Exit status:
 0 done, 1 a test failed, 4 no GPU.
@@ -22,11 +22,13 @@ from torch import Tensor
 
 from benchmarks.case import Case, Output
 from benchmarks.cases import cases
+from benchmarks.decoder import decoder_results
 from benchmarks.timing import copy_bandwidth, median_ms, rotations
+from benchmarks.tower import tower_results
 from benchmarks.transformer import transformer_results
 
 ROOT = Path(__file__).parent.parent
-_PARTS = ("tests", "operators", "transformer")
+_PARTS = ("tests", "operators", "transformer", "decoder", "tower")
 
 
 def main() -> int:
@@ -48,6 +50,8 @@ def main() -> int:
         "tests": _run_tests,
         "operators": lambda: [_measure(case, bandwidth) for case in cases()],
         "transformer": lambda: list(transformer_results()),
+        "decoder": lambda: list(decoder_results()),
+        "tower": lambda: list(tower_results()),
     }
     for part in options.parts:
         began = time.time()
@@ -74,7 +78,9 @@ def _measure(case: Case, bandwidth: float) -> dict[str, Any]:
     first = case.make()
     nbytes = sum(tensor.numel() * tensor.element_size() for tensor in first.values())
     inputs = [first, *(case.make() for _ in range(rotations(nbytes) - 1))]
-    forms = {"ours": case.ours, "eager": case.eager, "compiled": torch.compile(case.eager)}
+    forms = {"ours": case.ours, "eager": case.eager}
+    if case.compiled:
+        forms["compiled"] = torch.compile(case.eager)
     size = case.dtype.itemsize
     row: dict[str, Any] = {"op": case.op, "shape": case.shape}
     for name, form in forms.items():
@@ -87,8 +93,8 @@ def _measure(case: Case, bandwidth: float) -> dict[str, Any]:
     moved = (case.forward_elements + case.backward_elements) * size
     row["forward_backward_of_copy_bandwidth"] = moved / (fastest["forward_backward_ms"] * 1e-3) / bandwidth
     row["moved_mb"] = moved / 1e6
-    print(f"{case.op} [{case.shape}]: ours {row['ours']['forward_ms'] * 1e3:.1f} us, ", end="")
-    print(f"eager {row['eager']['forward_ms'] * 1e3:.1f}, compiled {row['compiled']['forward_ms'] * 1e3:.1f}")
+    times = (f"{name} {row[name]['forward_ms'] * 1e3:.1f} us" for name in forms)
+    print(f"{case.op} [{case.shape}]: {', '.join(times)}, {row['forward_of_copy_bandwidth']:.0%} of copy bandwidth")
     return row
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["copy_bandwidth", "median_ms", "rotations"]
+__all__ = ["copy_bandwidth", "measured", "median_ms", "rotations"]
 
 _REPEATS = 60
 
@@ -42,3 +42,23 @@ def copy_bandwidth(nbytes: int = 2 << 30) -> float:
     source = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * nbytes / (median_ms(lambda _: target.copy_(source), [None]) * 1e-3)
+
+
+def measured(form: str, mode: str, run: Callable[[], Any], flops: int | None = None) -> dict[str, Any]:
+    """Median milliseconds, TFLOP/s of `flops` operations, and peak memory of something that takes milliseconds."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(10)]
+    for start, end in pairs:
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    milliseconds = statistics.median(start.elapsed_time(end) for start, end in pairs)
+    row = {"form": form, "mode": mode, "ms": milliseconds, "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+    if flops is not None:
+        row["tflop_s"] = flops / (milliseconds * 1e-3) / 1e12
+    print(", ".join(f"{key} {value:.1f}" if isinstance(value, float) else str(value) for key, value in row.items()))
+    return row

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -12,6 +11,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.timing import measured
 from srpo.latents import image_ids
 from srpo_kernels import FluxRollout, patch
 
@@ -29,8 +29,8 @@ def transformer_results(side: int = 90, batch: int = 1, **changes: Any) -> Itera
     flops, inputs = _flops(side, batch, changes), _inputs(side, batch, torch.device("cuda"))
 
     def both(form: str, model: Any) -> Iterator[dict[str, Any]]:
-        yield _row(form, "forward", partial(_forward, model, inputs), flops)
-        yield _row(form, "forward+backward", partial(_train, model, inputs), 3 * flops)
+        yield measured(f"transformer, {form}", "forward", partial(_forward, model, inputs), flops)
+        yield measured(f"transformer, {form}", "forward+backward", partial(_train, model, inputs), 3 * flops)
 
     for form, patched, compiled in (
         ("unpatched eager", False, False),
@@ -47,7 +47,8 @@ def transformer_results(side: int = 90, batch: int = 1, **changes: Any) -> Itera
         yield from both(form, model)
         for graph in (False, True) if patched and not compiled else ():
             step = partial(_rollout(model, inputs, graph=graph).velocity, inputs["hidden_states"], 1)
-            yield _row(f"{form}, rollout{' as a CUDA graph' if graph else ''}", "forward", step, flops)
+            name = f"transformer, {form}, rollout{' as a CUDA graph' if graph else ''}"
+            yield measured(name, "forward", step, flops)
         for backend in ("_native_cudnn", "_native_flash") if patched and not compiled else ():
             model.set_attention_backend(backend)
             yield from both(f"{form}, {backend}", model)
@@ -112,26 +113,3 @@ def _rollout(model: Any, inputs: dict[str, Any], *, graph: bool) -> FluxRollout:
         img_ids=inputs["img_ids"],
         graph=graph,
     )
-
-
-def _row(form: str, mode: str, run: Callable[[], Any], flops: int, repeats: int = 10) -> dict[str, Any]:
-    for _ in range(3):
-        run()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for start, end in pairs:
-        start.record()
-        run()
-        end.record()
-    torch.cuda.synchronize()
-    milliseconds = statistics.median(start.elapsed_time(end) for start, end in pairs)
-    row = {
-        "form": form,
-        "mode": mode,
-        "ms": milliseconds,
-        "tflop_s": flops / (milliseconds * 1e-3) / 1e12,
-        "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
-    }
-    print(f"transformer, {form}, {mode}: {milliseconds:.1f} ms, {row['tflop_s']:.0f} TFLOP/s, {row['peak_gb']:.1f} GB")
-    return row

@@ -18,7 +18,7 @@ from srpo.errors import InputError
 from srpo.models import Precision
 from srpo.objective import SRPOConfig
 from srpo.rewards import RewardConfig
-from srpo_kernels.patching.flux import OPS as PATCHABLE
+from srpo_kernels.patching import PATCHABLE
 
 __all__ = ["DataConfig", "ModelConfig", "RunConfig", "TrainConfig", "dump_config", "find_recipe", "load_config"]
 

@@ -91,12 +91,13 @@ class Flux:
         return flux
 
     def patch(self, kernels: Literal["auto", "off"] | Sequence[str]) -> None:
-        """Run the transformer on srpo_kernels' operators: all that fit, none, or those named."""
+        """Run transformer and VAE on srpo_kernels' operators: all that fit, none, or those named."""
         if kernels != "off":
-            self.patched = patch(self.transformer, None if kernels == "auto" else kernels)
+            parts = torch.nn.ModuleDict({"transformer": self.transformer, "vae": self.vae})
+            self.patched = patch(parts, None if kernels == "auto" else kernels)
 
     def unpatch(self) -> None:
-        """Run the transformer as diffusers wrote it."""
+        """Run transformer and VAE as diffusers wrote them."""
         if self.patched is not None:
             self.patched.remove()
             self.patched = None

@@ -27,6 +27,7 @@ __all__ = [
     "branches",
     "draw_timestep",
     "srpo_loss",
+    "with_control",
 ]
 
 Form = Literal["official", "difference", "cfg", "image_only"]
@@ -178,6 +179,11 @@ def branches(config: SRPOConfig, sel: int) -> tuple[Branch, ...]:
     return denoise, inversion
 
 
+def with_control(word: str, caption: str) -> str:
+    """The prompt that a control word makes of a caption."""
+    return f"{word}. {caption}"
+
+
 class RelativeReward(Protocol):
     """What `srpo_loss` asks of a reward. Images are [N, 3, H, W] in [0, 1], scores [N]."""
 
@@ -225,7 +231,7 @@ def srpo_loss(
 
     Args:
         x0: clean latents [B, ...]; noise: their noise, [B, ...] or one image [1, ...] shared by the batch.
-        captions: B captions. controls: the (positive, negative) control word put before each, "<word>. <caption>".
+        captions: B captions. controls: the (positive, negative) control word put before each (`with_control`).
         branches: the K branches to average.
         velocity: ``(x_t [K*B, ...], sigma [K*B]) -> v [K*B, ...]``, branch-major.
         decode: ``x0_hat [K*B, ...] -> images [K*B, 3, H, W]`` in [0, 1].
@@ -257,8 +263,8 @@ def srpo_loss(
         """[K*B]"""
         return per_branch(values).T.reshape(-1)
 
-    positive = [f"{controls[branch.swap_prompts]}. {caption}" for branch in branches for caption in captions]
-    negative = [f"{controls[not branch.swap_prompts]}. {caption}" for branch in branches for caption in captions]
+    positive = [with_control(controls[branch.swap_prompts], caption) for branch in branches for caption in captions]
+    negative = [with_control(controls[not branch.swap_prompts], caption) for branch in branches for caption in captions]
     kappa = per_row([branch.kappa for branch in branches])
     sign = per_row([-1.0 if branch.swap_prompts else 1.0 for branch in branches])
 

@@ -16,8 +16,9 @@ __all__ = ["CONFIG_NAME", "updates_done", "write_config"]
 CONFIG_NAME = "config.yaml"
 
 #: Keys that may change when a run is resumed: they do not change what an update computes.
-_FREE = {"srpo.updates", "run.dir", "run.device", "run.tensorboard", "run.save_every", "run.keep"} | {
-    f"run.sample_{name}" for name in ("every", "count", "steps")
+_FREE = {"srpo.updates", "reward.text_cache"} | {
+    f"run.{name}"
+    for name in ("dir", "device", "tensorboard", "save_every", "keep", "sample_every", "sample_count", "sample_steps")
 }
 
 

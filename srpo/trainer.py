@@ -20,7 +20,7 @@ from srpo.distributed import Ranks
 from srpo.errors import InputError
 from srpo.images import save_grid
 from srpo.models import Flux, check_model_directory
-from srpo.objective import branches, draw_timestep, srpo_loss
+from srpo.objective import branches, draw_timestep, srpo_loss, with_control
 from srpo.randomness import generator
 from srpo.rewards import CosineReward, load_reward
 from srpo.rundir import updates_done, write_config
@@ -82,8 +82,8 @@ class Trainer:
         self.checkpoints = Checkpoints(self.directory / "checkpoints", run.keep)
         self.start = updates_done(self.directory, config, self.checkpoints, resume=resume)
 
-        autocast = config.model.precision == "bf16"
-        self.reward = load_reward(config.reward, objective, device=self.ranks.device, autocast=autocast)
+        dtype = torch.bfloat16 if config.model.precision == "bf16" else torch.float32
+        self.reward = load_reward(config.reward, objective, device=self.ranks.device, dtype=dtype)
         _check_threshold(config, self.reward)
         self.flux = Flux.load(
             model,
@@ -182,6 +182,8 @@ class Trainer:
         seconds: dict[str, float] = {}
         self.optimizer.zero_grad(set_to_none=True)
         for index in range(self.clean_batches):
+            with self._timed(seconds, "text"):
+                self._embed_texts(step, self._chosen(step, index)[0])
             with self._timed(seconds, "rollout"):
                 x0, noise, captions = self._clean_batch(step, index, check)
             for number in range(count):
@@ -202,23 +204,43 @@ class Trainer:
             self.optimizer.step()
         return self._record(step, draws, norm, seconds)
 
+    def _chosen(self, step: int, index: int) -> tuple[list[str], list[Path]]:
+        """Captions of a clean batch, and the files of its images: none when it is a rollout's."""
+        run, data, rank = self.config.run, self.config.data, self.ranks.rank
+        first = ((step * self.ranks.world + rank) * self.clean_batches + index) * run.micro_batch
+        positions = range(first, first + run.micro_batch)
+        coin = torch.rand((), generator=generator(run.seed, step, rank, f"mode/{index}"))
+        if data.mode == "offline" or (data.mode == "mixed" and coin < data.offline_fraction):
+            images = [self.images[item] for item in order(len(self.images), positions, run.seed)]
+            return [image.caption for image in images], [image.path for image in images]
+        return [self.prompts[item] for item in order(len(self.prompts), positions, run.seed)], []
+
+    def _embed_texts(self, step: int, captions: list[str]) -> None:
+        """Have every text that a clean batch's rollout and draws ask for cached: no text tower runs in them."""
+        objective = self.config.srpo
+        self.flux.encode_prompts(captions)
+        if objective.form == "image_only":
+            self.reward.embed_prompts(captions)
+        else:
+            words = objective.controls(step)  # each branch's positive one is the other's negative one
+            self.reward.embed_prompts([with_control(word, caption) for word in words for caption in captions])
+
     def _clean_batch(self, step: int, index: int, check: Callable[[], None]) -> tuple[Tensor, Tensor, list[str]]:
         """Clean latents, their noise and captions: from a rollout of that noise, or from real images."""
-        objective, run, data = self.config.srpo, self.config.run, self.config.data
-        rank, count = self.ranks.rank, run.micro_batch
-        first = ((step * self.ranks.world + rank) * self.clean_batches + index) * count
-        positions = range(first, first + count)
+        objective, run, rank = self.config.srpo, self.config.run, self.ranks.rank
+        count = run.micro_batch
         if objective.noise == "shared":
             noise = self.flux.noise(1, *self.size, generator(run.seed, step, 0, "noise"))
         else:
             noise = self.flux.noise(count, *self.size, generator(run.seed, step, rank, f"noise/{index}"))
 
-        coin = torch.rand((), generator=generator(run.seed, step, rank, f"mode/{index}"))
-        if data.mode == "offline" or (data.mode == "mixed" and coin < data.offline_fraction):
-            chosen = [self.images[item] for item in order(len(self.images), positions, run.seed)]
-            pixels = torch.stack([load_image(image.path, self.size) for image in chosen])
-            return self.flux.encode_images(pixels), noise, [image.caption for image in chosen]
-        captions = [self.prompts[item] for item in order(len(self.prompts), positions, run.seed)]
+        captions, files = self._chosen(step, index)
+        if files:
+            return (
+                self.flux.encode_images(torch.stack([load_image(file, self.size) for file in files])),
+                noise,
+                captions,
+            )
         x0 = rollout(
             self.flux,
             noise.expand(count, -1, -1),

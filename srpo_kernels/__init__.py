@@ -5,7 +5,8 @@ Importing this package needs torch only.
 
 from srpo_kernels.checkpointing import checkpointed_reward
 from srpo_kernels.ops.gated_residual import gated_residual, gated_residual_layer_norm_modulate
-from srpo_kernels.ops.gelu import gelu_concat, gelu_tanh
+from srpo_kernels.ops.gelu import gelu_concat, gelu_tanh, quick_gelu
+from srpo_kernels.ops.group_norm_silu import group_norm_silu
 from srpo_kernels.ops.inject_noise import inject_noise
 from srpo_kernels.ops.joint_qk_norm_rope import joint_qk_norm_rope
 from srpo_kernels.ops.layer_norm_modulate import layer_norm_modulate
@@ -28,11 +29,13 @@ __all__ = [
     "gated_residual_layer_norm_modulate",
     "gelu_concat",
     "gelu_tanh",
+    "group_norm_silu",
     "inject_noise",
     "joint_qk_norm_rope",
     "layer_norm_modulate",
     "patch",
     "qk_norm_rope",
+    "quick_gelu",
     "recover",
     "relative_reward",
     "relative_reward_loss",

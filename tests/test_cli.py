@@ -48,7 +48,7 @@ def test_run_directory_holds_everything(trained: Path) -> None:
     records = read_log(trained)
     assert [record["step"] for record in records] == [1, 2, 3]
     assert set(records[0]["losses"]) == {"total", "denoise", "inversion"}
-    assert set(records[0]["seconds"]) == {"rollout", "gradient", "optimizer"}
+    assert set(records[0]["seconds"]) == {"text", "rollout", "gradient", "optimizer"}
     page = (trained / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert "<svg" in page

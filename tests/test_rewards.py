@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
@@ -27,13 +32,15 @@ def _images(count: int, height: int = 40, width: int = 56, seed: int = 0) -> Ten
     return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
-def _resize_crop_normalise(images: Tensor, size: int, mean: Any, std: Any) -> Tensor:
-    """What the reward should do to its images, by plain tensor operations."""
+def _resize_crop_normalise(
+    images: Tensor, size: int, mean: Any, std: Any, whole: Callable[[float], int] = math.floor
+) -> Tensor:
+    """What the reward should do to its images, by plain tensor operations. Half a pixel of margin is made `whole`."""
     height, width = images.shape[-2:]
     short = min(height, width)
     scaled = (size * height // short, size * width // short)
     resized = interpolate(images, scaled, mode="bicubic", antialias=True, align_corners=False)
-    top, left = (round((side - size) / 2) for side in scaled)
+    top, left = (whole((side - size) / 2) for side in scaled)
     cropped = resized[..., top : top + size, left : left + size]
     return (cropped - torch.tensor(mean).reshape(3, 1, 1)) / torch.tensor(std).reshape(3, 1, 1)
 
@@ -62,21 +69,21 @@ def clip_cosine(clip_shaped: Path) -> Any:
     return cosine
 
 
-@pytest.mark.parametrize("size", [(32, 32), (40, 56), (70, 33), (20, 24)], ids=str)
-def test_preprocessing_equals_torchvision_and_plain_interpolation(clip: CLIPReward, size: tuple[int, int]) -> None:
+_SIZES = [(32, 32), (40, 56), (70, 33), (33, 70), (50, 33), (20, 24)]  # the third to fifth with an odd margin
+
+
+@pytest.mark.parametrize("size", _SIZES, ids=str)
+def test_preprocessing_equals_transformers_and_plain_interpolation(
+    clip: CLIPReward, clip_shaped: Path, size: tuple[int, int]
+) -> None:
     images = _images(2, *size)
-    chain = v2.Compose(
-        [
-            v2.Resize(32, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
-            v2.CenterCrop(32),
-            v2.Normalize(list(clip.image_mean), list(clip.image_std)),
-        ]
-    )
     got = clip.preprocess(images)
+    processor = CLIPImageProcessor.from_pretrained(clip_shaped, do_rescale=False)
+    expected = processor(list(images), return_tensors="pt")["pixel_values"]
     assert tuple(got.shape) == (2, 3, 32, 32)
-    torch.testing.assert_close(got, chain(images), rtol=0, atol=0)
     by_hand = _resize_crop_normalise(images, 32, clip.image_mean, clip.image_std)
-    torch.testing.assert_close(got, by_hand, rtol=0, atol=1e-5)
+    for other in (expected, by_hand):  # an odd margin is counted from the other end, where coordinates round otherwise
+        torch.testing.assert_close(got, other, rtol=0, atol=3e-5)
 
 
 def test_normalisation_is_the_processor_s(clip: CLIPReward) -> None:
@@ -157,23 +164,29 @@ def test_gradient_is_the_slope_of_the_score(clip: CLIPReward) -> None:
     assert ahead - behind == pytest.approx(2e-2 * gradient.norm().item(), rel=2e-2)
 
 
+def _count_text_passes(reward: CosineReward) -> list[Any]:
+    """A list that grows by what each pass of the text tower is given."""
+    calls: list[Any] = []
+    original = reward._text_features
+
+    def counted(tokens: Any) -> Tensor:
+        calls.append(tokens)
+        return original(tokens)
+
+    reward._text_features = counted  # type: ignore[method-assign]
+    return calls
+
+
 def test_prompt_embedding_is_cached_and_does_not_depend_on_its_batch(clip_shaped: Path) -> None:
     together = CLIPReward(clip_shaped).embed_prompts(_PROMPTS)
     reward = CLIPReward(clip_shaped)
-    calls: list[str] = []
-    original = reward._text_features
-
-    def counted(prompt: str) -> Tensor:
-        calls.append(prompt)
-        return original(prompt)
-
-    reward._text_features = counted  # type: ignore[method-assign]
+    calls = _count_text_passes(reward)
     alone = torch.cat([reward.embed_prompts([prompt]) for prompt in reversed(_PROMPTS)]).flip(0)
     assert torch.equal(together, alone)
     torch.testing.assert_close(alone.norm(dim=-1), torch.ones(3))
     assert not alone.requires_grad
     assert torch.equal(reward.embed_prompts(_PROMPTS * 2), together.repeat(2, 1))
-    assert sorted(calls) == sorted(_PROMPTS)
+    assert len(calls) == len(_PROMPTS)
 
 
 def test_cached_embedding_is_safe_from_its_user(clip_shaped: Path) -> None:
@@ -187,15 +200,6 @@ def test_cached_embedding_is_safe_from_its_user(clip_shaped: Path) -> None:
 def test_long_prompt_is_truncated(clip: CLIPReward) -> None:
     long = clip.embed_prompts(["red " * 500])
     assert torch.equal(long, clip.embed_prompts(["red " * 600]))
-
-
-def test_autocast_embeds_in_bf16_near_the_fp32_score(clip_shaped: Path, clip: CLIPReward) -> None:
-    images = _images(3)
-    low = CLIPReward(clip_shaped, autocast=True).score(images, _PROMPTS)
-    exact = clip.score(images, _PROMPTS)
-    assert low.dtype == torch.float32
-    assert not torch.equal(low, exact)
-    torch.testing.assert_close(low, exact, rtol=0, atol=0.03)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "preprocessor_config.json", "tokenizer_config.json"])
@@ -260,6 +264,7 @@ def open_clip_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         json.dumps(
             {
                 "embed_dim": 16,
+                "quick_gelu": True,
                 "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
                 "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
             }
@@ -285,7 +290,7 @@ def test_open_clip_scores_are_its_own_cosines(open_clip_file: Path, open_clip_re
     tokenizer = open_clip.get_tokenizer(_ARCHITECTURE)
     images, kappa = _images(3), torch.tensor([0.1, 0.5, 0.25])
     with torch.no_grad():
-        pixels = _resize_crop_normalise(images, 32, model.visual.image_mean, model.visual.image_std)
+        pixels = _resize_crop_normalise(images, 32, model.visual.image_mean, model.visual.image_std, round)
         features = normalize(model.encode_image(pixels), dim=-1)
         texts = normalize(model.encode_text(tokenizer(_PROMPTS)), dim=-1)
         cosine = features @ texts.T
@@ -294,6 +299,17 @@ def test_open_clip_scores_are_its_own_cosines(open_clip_file: Path, open_clip_re
     expected = (1 + kappa) * cosine.diagonal() - cosine.flip(1).diagonal()
     got = open_clip_reward.relative(images, _PROMPTS, _PROMPTS[::-1], kappa)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", _SIZES, ids=str)
+def test_open_clip_preprocessing_equals_torchvision(open_clip_reward: OpenCLIPReward, size: tuple[int, int]) -> None:
+    images = _images(2, *size)
+    mean, std = open_clip_reward.image_mean, open_clip_reward.image_std
+    resize = v2.Resize(32, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    chain = v2.Compose([resize, v2.CenterCrop(32), v2.Normalize(list(mean), list(std))])
+    got = open_clip_reward.preprocess(images)
+    torch.testing.assert_close(got, chain(images), rtol=0, atol=0)
+    torch.testing.assert_close(got, _resize_crop_normalise(images, 32, mean, std, round), rtol=0, atol=1e-5)
 
 
 def test_open_clip_checkpoint_is_held_in_fp32_and_frozen(open_clip_reward: OpenCLIPReward) -> None:
@@ -357,19 +373,224 @@ def test_wrong_open_clip_checkpoint_is_refused(open_clip_file: Path, tmp_path: P
         OpenCLIPReward(path, architecture=_ARCHITECTURE)
 
 
+# --- what the towers run ---------------------------------------------------------------------------------------------
+
+
+class _Dispatched(TorchDispatchMode):
+    """Records the operators run within the block, and what they were given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, tuple]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        self.calls.append((func._schema.name, args))
+        return func(*args, **(kwargs or {}))
+
+    def given(self, *names: str) -> list[tuple]:
+        """What operators whose names start like this were given, in order."""
+        return [args for name, args in self.calls if name.startswith(names)]
+
+
+@pytest.fixture(scope="module", params=["clip", "open_clip"])
+def make_reward(request: pytest.FixtureRequest, clip_shaped: Path, open_clip_file: Path) -> Callable[..., CosineReward]:
+    """Makes either kind of reward, of one or two layers a tower, with the options given."""
+    if request.param == "clip":
+        return partial(CLIPReward, clip_shaped)
+    return partial(OpenCLIPReward, open_clip_file, architecture=_ARCHITECTURE)
+
+
+def _vision(reward: CosineReward) -> dict[str, Tensor]:
+    named = reward.model.named_parameters()
+    return {name: weight for name, weight in named if name.startswith("vis")}
+
+
+def _trace(reward: CosineReward) -> tuple[_Dispatched, _Dispatched]:
+    """A relative score's forward and backward."""
+    images = _images(2).requires_grad_()
+    reward.embed_prompts(_PROMPTS)
+    with _Dispatched() as forward:
+        scores = reward.relative(images, _PROMPTS[:2], _PROMPTS[1:], torch.tensor([0.1, 0.2]))
+    with _Dispatched() as backward:
+        scores.sum().backward()
+    assert (images.grad.abs().flatten(1).amax(1) > 0).all()
+    return forward, backward
+
+
+def test_bf16_vision_tower_scores_near_the_fp32_one(make_reward: Callable) -> None:
+    images, exact, low = _images(3), make_reward(), make_reward(dtype=torch.bfloat16)
+    vision = _vision(low)
+    assert len(vision) > 10
+    assert {weight.dtype for weight in vision.values()} == {torch.bfloat16}
+    others = (weight for name, weight in low.model.named_parameters() if name not in vision)
+    assert {weight.dtype for weight in others} == {torch.float32}
+    assert low.embed_images(images).dtype == torch.float32
+    assert torch.equal(low.embed_prompts(_PROMPTS), exact.embed_prompts(_PROMPTS))
+    scores = low.score(images, _PROMPTS)
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, exact.score(images, _PROMPTS))
+    torch.testing.assert_close(scores, exact.score(images, _PROMPTS), rtol=0, atol=0.01)
+
+
+def test_bf16_gradient_points_where_the_fp32_one_does(make_reward: Callable) -> None:
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        images = _images(2).requires_grad_()
+        make_reward(dtype=dtype).score(images, _PROMPTS[:2]).sum().backward()
+        gradients.append(images.grad.flatten())
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.999
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_weight_is_cast_in_a_forward_pass(make_reward: Callable, dtype: torch.dtype) -> None:
+    reward = make_reward(dtype=dtype)
+    forward, backward = _trace(reward)
+    weights = {weight.data_ptr() for weight in reward.model.parameters()}
+    for args in (*forward.given("aten::_to_copy"), *backward.given("aten::_to_copy")):
+        assert args[0].data_ptr() not in weights
+
+
+def test_attention_is_fused_and_quick_gelu_one_kernel(make_reward: Callable) -> None:
+    reward = make_reward(dtype=torch.bfloat16)
+    forward, backward = _trace(reward)
+    layers = len(reward.model.vision_model.encoder.layers) if isinstance(reward, CLIPReward) else 1
+    for names in (
+        ("aten::_scaled_dot_product_flash", "aten::_scaled_dot_product_efficient", "aten::_scaled_dot_product_cudnn"),
+        ("srpo::quick_gelu",),
+    ):
+        assert len(forward.given(*names)) == len(backward.given(*names)) == layers
+    for trace in (forward, backward):
+        assert not trace.given("aten::_softmax", "aten::softmax", "aten::bmm", "aten::baddbmm", "aten::sigmoid")
+
+
+def test_score_has_the_same_bits_without_gradients(make_reward: Callable) -> None:
+    """What is recomputed for backward is what was scored."""
+    reward, images = make_reward(dtype=torch.bfloat16), _images(2)
+    with torch.no_grad(), _Dispatched() as trace:
+        scores = reward.score(images, _PROMPTS[:2])
+    assert torch.equal(scores, reward.score(images.requires_grad_(), _PROMPTS[:2]))
+    assert not trace.given("aten::_native_multi_head_attention", "aten::_softmax", "aten::bmm")
+
+
+def test_no_gradient_of_a_weight_is_computed(make_reward: Callable) -> None:
+    reward = make_reward(dtype=torch.bfloat16)
+    _, backward = _trace(reward)
+    assert not any(weight.requires_grad for weight in reward.model.parameters())
+    assert all(weight.grad is None for weight in reward.model.parameters())
+    weights = {weight.untyped_storage().data_ptr() for weight in _vision(reward).values()}
+    products = backward.given("aten::mm", "aten::addmm", "aten::bmm")
+    assert len(products) >= 5 * (2 if isinstance(reward, CLIPReward) else 1)
+    for args in products:  # of a gradient with a weight; a weight's own is of a gradient with an input
+        assert any(isinstance(arg, Tensor) and arg.untyped_storage().data_ptr() in weights for arg in args)
+    norms, convolutions = backward.given("aten::native_layer_norm_backward"), backward.given("aten::convolution_bac")
+    assert len(norms) >= 4
+    assert len(convolutions) == 1
+    for args in (*norms, *convolutions):
+        assert args[-1] == [True, False, False]
+
+
+# --- text embeddings on disk -----------------------------------------------------------------------------------------
+
+
+def test_text_cache_is_read_by_the_next_reward(make_reward: Callable, tmp_path: Path) -> None:
+    plain = make_reward().embed_prompts(_PROMPTS)
+    cache = tmp_path / "made" / "here"
+    first = make_reward(text_cache=cache)
+    assert torch.equal(first.embed_prompts(_PROMPTS), plain)
+    files = sorted(cache.iterdir())
+    assert len(files) == len(_PROMPTS)
+    assert all(len(file.stem) == 64 and file.suffix == ".safetensors" for file in files)
+    second = make_reward(text_cache=cache, dtype=torch.bfloat16, form="cfg", divisor=3.0)
+    calls = _count_text_passes(second)
+    assert torch.equal(second.embed_prompts(_PROMPTS), plain)
+    assert calls == []
+    assert sorted(cache.iterdir()) == files
+
+
+def test_text_cache_is_the_tower_s_own(clip_shaped: Path, open_clip_file: Path, tmp_path: Path) -> None:
+    """Another weight, another architecture and another tokenizer each have files of their own; a copy has the same."""
+    cache, prompt = tmp_path / "cache", _PROMPTS[:1]
+    CLIPReward(clip_shaped, text_cache=cache).embed_prompts(prompt)
+    copies = [tmp_path / name for name in ("same", "weights", "architecture", "tokenizer")]
+    for copy in copies:
+        shutil.copytree(clip_shaped, copy)
+    model = CLIPModel.from_pretrained(copies[1])
+    model.text_projection.weight.data[0, 0] += 1
+    model.save_pretrained(copies[1])
+    config = json.loads((copies[2] / "config.json").read_text())
+    config["text_config"]["hidden_act"] = "gelu"
+    (copies[2] / "config.json").write_text(json.dumps(config))
+    tokenizer = CLIPTokenizer.from_pretrained(copies[3])
+    tokenizer.model_max_length = 12
+    tokenizer.save_pretrained(copies[3])
+    counts = []
+    for copy in copies:
+        expected = CLIPReward(copy).embed_prompts(prompt)
+        assert torch.equal(CLIPReward(copy, text_cache=cache).embed_prompts(prompt), expected)
+        counts.append(len(list(cache.iterdir())))
+    assert counts == [1, 2, 3, 4]
+    OpenCLIPReward(open_clip_file, architecture=_ARCHITECTURE, text_cache=cache).embed_prompts(prompt)
+    assert len(list(cache.iterdir())) == 5
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "garbage", "bit", "foreign", "other prompt", "directory"])
+def test_unsound_cache_file_is_computed_again(damage: str, clip_shaped: Path, tmp_path: Path) -> None:
+    plain = CLIPReward(clip_shaped, text_cache=tmp_path).embed_prompts(_PROMPTS[:1])
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    if damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "truncated":
+        file.write_bytes(content[:-1])
+    elif damage == "garbage":
+        file.write_bytes(b"garbage" * 40)
+    elif damage == "bit":
+        file.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+    elif damage == "foreign":
+        save_file({"embedding": torch.zeros_like(plain)}, file)
+    elif damage == "other prompt":
+        CLIPReward(clip_shaped, text_cache=tmp_path).embed_prompts(_PROMPTS[1:2])
+        (other,) = set(tmp_path.iterdir()) - {file}
+        other.replace(file)
+    else:
+        file.unlink()
+        file.mkdir()
+    expected = pytest.warns(UserWarning, match="cannot be written") if damage == "directory" else nullcontext()
+    reward = CLIPReward(clip_shaped, text_cache=tmp_path)
+    calls = _count_text_passes(reward)
+    with expected:
+        assert torch.equal(reward.embed_prompts(_PROMPTS[:1]), plain)
+    assert len(calls) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    if damage != "directory":
+        assert file.read_bytes() == content
+
+
+def test_text_cache_that_cannot_be_made_is_refused(clip_shaped: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"^reward\.text_cache .*file cannot be made: "):
+        CLIPReward(clip_shaped, text_cache=tmp_path / "file")
+
+
 # --- from a recipe ---------------------------------------------------------------------------------------------------
 
 
 def test_recipe_s_objective_sets_scale_and_form(clip_shaped: Path) -> None:
     config = RewardConfig(path=str(clip_shaped))
-    pickscore = load_reward(config, SRPOConfig.preset("pickscore"), device="cpu", autocast=False)
+    pickscore = load_reward(config, SRPOConfig.preset("pickscore"), device="cpu", dtype=torch.float32)
     assert isinstance(pickscore, CLIPReward)
     assert (pickscore.form, pickscore.scale) == ("official", pytest.approx(math.exp(2.6592) / 20, rel=1e-5))
     for form, used in (("cfg", "cfg"), ("difference", "difference"), ("image_only", "official")):
-        reward = load_reward(config, SRPOConfig(form=form), device="cpu", autocast=True)
-        assert (reward.form, reward.scale, reward.autocast) == (used, 1.0, True)
+        reward = load_reward(config, SRPOConfig(form=form), device="cpu", dtype=torch.bfloat16)
+        assert (reward.form, reward.scale, reward.dtype) == (used, 1.0, torch.bfloat16)
 
 
-def test_recipe_s_open_clip_reward(open_clip_file: Path) -> None:
-    config = RewardConfig(path=str(open_clip_file), type="open_clip", architecture=_ARCHITECTURE)
-    assert isinstance(load_reward(config, SRPOConfig(), device="cpu", autocast=False), OpenCLIPReward)
+def test_recipe_s_open_clip_reward(open_clip_file: Path, tmp_path: Path) -> None:
+    config = RewardConfig(
+        path=str(open_clip_file), type="open_clip", architecture=_ARCHITECTURE, text_cache=str(tmp_path)
+    )
+    reward = load_reward(config, SRPOConfig(), device="cpu", dtype=torch.float32)
+    assert isinstance(reward, OpenCLIPReward)
+    reward.embed_prompts(_PROMPTS)
+    assert len(list(tmp_path.iterdir())) == len(_PROMPTS)

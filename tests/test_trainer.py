@@ -7,10 +7,12 @@ import shutil
 from collections import namedtuple
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import quick_config, state_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import srpo.trainer
 from srpo.checkpoint import Checkpoints, SaveError
@@ -131,6 +133,27 @@ def test_only_the_transformer_learns(tmp_path: Path) -> None:
     assert all(parameter.grad is not None for parameter in trainer.parameters)
 
 
+class _WeightGradients(TorchDispatchMode):
+    """Counts convolutions asked for the gradient of a weight or bias."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        if func is torch.ops.aten.convolution_backward.default:
+            self.count += any(args[-1][1:])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kernels", ["auto", "off"])
+def test_frozen_image_path_gets_no_weight_gradient(kernels: str, tmp_path: Path) -> None:
+    trainer = Trainer(quick_config(tmp_path, "srpo.updates=1", f"model.kernels={kernels}"))
+    loss = trainer._draw(0, "0/0", *trainer._clean_batch(0, 0, lambda: None)).loss
+    with _WeightGradients() as found:
+        loss.backward()
+    assert found.count == 0
+
+
 def test_checkpointing_changes_nothing(tmp_path: Path) -> None:
     for mode in ("none", "selective", "block", "auto"):
         Trainer(quick_config(tmp_path / mode, "srpo.updates=1", f"model.checkpointing={mode}")).fit()
@@ -155,6 +178,49 @@ def test_patched_by_default_and_logged(tmp_path: Path) -> None:
         for ours, plain in zip(read_log(tmp_path / name), read_log(tmp_path / "off"), strict=True):
             assert ours["losses"]["total"] == pytest.approx(plain["losses"]["total"], rel=1e-5)
             assert ours["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("form", ["official", "image_only"])
+def test_text_towers_run_in_their_own_phase_once_a_prompt(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(quick_config(tmp_path, "srpo.updates=3", "run.draws_per_rollout=2", f"srpo.form={form}"))
+    towers = [trainer.flux.pipeline.text_encoder, trainer.flux.pipeline.text_encoder_2, trainer.reward.model.text_model]
+    calls, allowed = [], []
+
+    def called(tower: torch.nn.Module, *_: object) -> None:
+        assert allowed, "a text tower ran outside its phase"
+        calls.append(tower)
+
+    for tower in towers:
+        tower.register_forward_pre_hook(called)
+    embed = trainer._embed_texts
+
+    def phase(step: int, captions: list[str]) -> None:
+        allowed.append(True)
+        embed(step, captions)
+        allowed.clear()
+
+    monkeypatch.setattr(trainer, "_embed_texts", phase)
+    trainer.fit()
+    captions = {caption for step in range(3) for caption in trainer._chosen(step, 0)[0]}
+    words = 1 if form == "image_only" else 2
+    assert [calls.count(tower) for tower in towers] == [len(captions), len(captions), words * len(captions)]
+    for record in read_log(tmp_path):
+        assert list(record["seconds"]) == ["text", "rollout", "gradient", "optimizer"]
+
+
+def test_text_cache_changes_nothing_and_may_move(tmp_path: Path) -> None:
+    cached = f"reward.text_cache={tmp_path / 'texts'}"
+    Trainer(quick_config(tmp_path / "plain", "srpo.updates=2")).fit()
+    Trainer(quick_config(tmp_path / "cached", "srpo.updates=1", cached)).fit()
+    written = set((tmp_path / "texts").iterdir())
+    assert written
+    Trainer(quick_config(tmp_path / "again", "srpo.updates=1", cached)).fit()
+    assert set((tmp_path / "texts").iterdir()) == written
+    moved = quick_config(tmp_path / "cached", "srpo.updates=2", f"reward.text_cache={tmp_path / 'elsewhere'}")
+    Trainer(moved, resume=True).fit()
+    assert state_of(tmp_path / "plain", 2) == state_of(tmp_path / "cached", 2)
 
 
 def test_gradient_is_the_mean_over_draws_and_clipped(tmp_path: Path) -> None:
@@ -190,6 +256,9 @@ class _Poisoned:
 
     def __init__(self, reward: object, poison: float) -> None:
         self.reward, self.poison, self.calls = reward, poison, 0
+
+    def embed_prompts(self, prompts: list[str]) -> torch.Tensor:
+        return self.reward.embed_prompts(prompts)
 
     def relative(self, images: torch.Tensor, positive: list[str], *rest: object) -> torch.Tensor:
         self.calls += 1

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from torch.nn.functional import normalize
 
 from srpo.errors import InputError
 from srpo.files import has_vocabulary
+from srpo.rewards.text_cache import TextCache, content_digest
+from srpo.rewards.towers import freeze
 from srpo_kernels import RELATIVE_FORMS, relative_reward, resize_normalize
 
 __all__ = ["CLIPReward", "CosineReward", "OpenCLIPReward"]
@@ -25,12 +28,28 @@ class CosineReward(ABC):
     Args:
         form: "official", "difference" or "cfg".
         scale: factor of the cosine.
-        autocast: embed images in bf16 instead of fp32.
+        device: of the towers. dtype: of the vision tower's weights and activations.
+        text_cache: keep text embeddings in this directory, too; None: in memory only.
+
+    Raises `InputError` when `text_cache` cannot be made.
     """
 
-    def __init__(self, *, form: str = "official", scale: float = 1.0, autocast: bool = False) -> None:
-        self.form, self.scale, self.autocast = form, scale, autocast
-        self._embed_prompt = lru_cache(maxsize=4096)(self._embed_prompt)  # type: ignore[method-assign]
+    def __init__(
+        self,
+        *,
+        form: str,
+        scale: float,
+        device: str | torch.device,
+        dtype: torch.dtype,
+        text_cache: str | Path | None,
+    ) -> None:
+        self.form, self.scale, self.device, self.dtype = form, scale, device, dtype
+        self._files = None
+        if text_cache is not None:
+            weights, architecture = self._text_tower()
+            self._files = TextCache(text_cache, content_digest(weights, architecture))
+        # A run's every prompt: 256 MB at an embedding of 1024.
+        self._embed_prompt = lru_cache(maxsize=65536)(self._embed_prompt)  # type: ignore[method-assign]
 
     image_size: int
     image_mean: Sequence[float]
@@ -38,29 +57,42 @@ class CosineReward(ABC):
 
     @abstractmethod
     def _image_features(self, pixels: Tensor) -> Tensor:
-        """Embeddings [N, D] of preprocessed images [N, 3, S, S]."""
+        """Embeddings [N, D] of preprocessed images [N, 3, S, S], all in the vision tower's dtype."""
 
     @abstractmethod
-    def _text_features(self, prompt: str) -> Tensor:
-        """Embedding [1, D] of one prompt."""
+    def _tokens(self, prompt: str) -> dict[str, Tensor]:
+        """All that the text tower takes of one prompt."""
+
+    @abstractmethod
+    def _text_features(self, tokens: Mapping[str, Tensor]) -> Tensor:
+        """Embedding [1, D] of one prompt's tokens."""
+
+    @abstractmethod
+    def _text_tower(self) -> tuple[dict[str, Tensor], str]:
+        """The weights that embed tokens, and a description of how."""
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Images [N, 3, H, W] in [0, 1] to the tower's input: antialiased bicubic resize, centre crop, normalise."""
+        """Images [N, 3, H, W] in [0, 1] to the tower's input [N, 3, S, S]: antialiased bicubic resize, centre crop,
+        normalise."""
         return resize_normalize(images, self.image_size, self.image_mean, self.image_std, value_range=(0, 1))
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Image embeddings [N, D], fp32, not normalised; differentiable."""
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
-            return self._image_features(self.preprocess(images)).float()
+        return self._image_features(self.preprocess(images).to(self.dtype)).float()
 
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Text embeddings [N, D] at unit norm, cached by prompt."""
+        """Text embeddings [N, D], fp32, at unit norm. The tower runs for prompts not seen before only."""
         return torch.cat([self._embed_prompt(prompt) for prompt in prompts])
 
     @torch.no_grad()
     def _embed_prompt(self, prompt: str) -> Tensor:
         # Alone, so that the embedding never depends on the other prompts of a batch.
-        return normalize(self._text_features(prompt).float(), dim=-1)
+        tokens = self._tokens(prompt)
+
+        def embed() -> Tensor:
+            return normalize(self._text_features(tokens).float(), dim=-1)
+
+        return embed() if self._files is None else self._files.embedding(tokens, embed).to(self.device)
 
     def relative(self, images: Tensor, positive: list[str], negative: list[str], kappa: Tensor) -> Tensor:
         """Relative scores [N] of images [N, 3, H, W] in [0, 1]; differentiable in the images."""
@@ -84,6 +116,7 @@ class CLIPReward(CosineReward):
         path: directory with the model. processor: directory with tokenizer and image processor, if not `path`.
         logit_scale: multiply the cosine by the model's exp(logit_scale).
         divisor: divide it by this.
+        device, dtype, form, text_cache: as for `CosineReward`. The text tower is fp32.
 
     Raises `InputError` when files are missing.
     """
@@ -97,9 +130,11 @@ class CLIPReward(CosineReward):
         logit_scale: bool = False,
         divisor: float = 1.0,
         form: str = "official",
-        autocast: bool = False,
+        dtype: torch.dtype = torch.float32,
+        text_cache: str | Path | None = None,
     ) -> None:
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+        from transformers.activations import QuickGELUActivation
 
         path, processor = Path(path), Path(processor or path)
         for file in (path / "config.json", processor / "preprocessor_config.json", processor / "tokenizer_config.json"):
@@ -108,23 +143,44 @@ class CLIPReward(CosineReward):
         if not has_vocabulary(processor):
             raise InputError(f"reward directory {path} is incomplete: {processor / 'tokenizer.json'} is missing")
         try:
-            self.model = CLIPModel.from_pretrained(path, local_files_only=True, dtype=torch.float32)
+            self.model = CLIPModel.from_pretrained(
+                path, local_files_only=True, dtype=torch.float32, attn_implementation="sdpa"
+            )
         except (OSError, SafetensorError) as error:
             raise InputError(f"reward directory {path} cannot be loaded: {error}") from None
-        self.model.requires_grad_(False).eval().to(device)
+        vision = (self.model.vision_model, self.model.visual_projection)
+        freeze(self.model, vision, dtype, activation=QuickGELUActivation)
+        self.model.to(device)
         self.tokenizer = CLIPTokenizer.from_pretrained(processor, local_files_only=True)
         images = CLIPImageProcessor.from_pretrained(processor, local_files_only=True)
         self.image_size = images.size["shortest_edge"]
         self.image_mean, self.image_std = images.image_mean, images.image_std
         scale = self.model.logit_scale.exp().item() if logit_scale else 1.0
-        super().__init__(form=form, scale=scale / divisor, autocast=autocast)
+        super().__init__(form=form, scale=scale / divisor, device=device, dtype=dtype, text_cache=text_cache)
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        # Where the margins of a side differ by a pixel, transformers crops nearer to the top and left, torchvision to
+        # where the margin is even.
+        short = min(images.shape[-2:])
+        margins = {dim: int(self.image_size * images.shape[dim] / short) - self.image_size for dim in (-2, -1)}
+        mirrored = [dim for dim, margin in margins.items() if round(margin / 2) != margin // 2]
+        if not mirrored:
+            return super().preprocess(images)
+        return super().preprocess(images.flip(mirrored)).flip(mirrored)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         return self.model.get_image_features(pixel_values=pixels).pooler_output
 
-    def _text_features(self, prompt: str) -> Tensor:
-        tokens = self.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt")
-        return self.model.get_text_features(**tokens.to(self.model.device)).pooler_output
+    def _tokens(self, prompt: str) -> dict[str, Tensor]:
+        return dict(self.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt"))
+
+    def _text_features(self, tokens: Mapping[str, Tensor]) -> Tensor:
+        placed = {name: tensor.to(self.device) for name, tensor in tokens.items()}
+        return self.model.get_text_features(**placed).pooler_output
+
+    def _text_tower(self) -> tuple[dict[str, Tensor], str]:
+        weights = {name: tensor for name, tensor in self.model.state_dict().items() if name.startswith("text_")}
+        return weights, self.model.config.text_config.to_json_string()
 
 
 class OpenCLIPReward(CosineReward):
@@ -132,7 +188,7 @@ class OpenCLIPReward(CosineReward):
 
     Args:
         path: checkpoint file, loaded strictly and without unpickling code. architecture: open_clip model name.
-        logit_scale, divisor: as for `CLIPReward`.
+        logit_scale, divisor and all others: as for `CLIPReward`.
 
     Raises `InputError` when the file is missing or does not fit the architecture.
     """
@@ -146,9 +202,11 @@ class OpenCLIPReward(CosineReward):
         logit_scale: bool = False,
         divisor: float = 1.0,
         form: str = "official",
-        autocast: bool = False,
+        dtype: torch.dtype = torch.float32,
+        text_cache: str | Path | None = None,
     ) -> None:
         import open_clip
+        from open_clip.transformer import QuickGELU
 
         if not Path(path).is_file():
             raise InputError(f"reward checkpoint {path} does not exist")
@@ -159,17 +217,24 @@ class OpenCLIPReward(CosineReward):
         except Exception as error:  # whatever unpickling and a strict state dict may raise
             reason = str(error) or type(error).__name__
             raise InputError(f"reward checkpoint {path} does not fit {architecture}: {reason}") from None
-        self.model.requires_grad_(False).eval()
+        freeze(self.model, (self.model.visual,), dtype, activation=QuickGELU)
+        self.architecture = open_clip.get_model_config(architecture)
         self.tokenizer = open_clip.get_tokenizer(architecture)
         size = self.model.visual.image_size
         self.image_size = size if isinstance(size, int) else size[0]
         self.image_mean, self.image_std = self.model.visual.image_mean, self.model.visual.image_std
-        self.device = device
         scale = self.model.logit_scale.exp().item() if logit_scale else 1.0
-        super().__init__(form=form, scale=scale / divisor, autocast=autocast)
+        super().__init__(form=form, scale=scale / divisor, device=device, dtype=dtype, text_cache=text_cache)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         return self.model.encode_image(pixels)
 
-    def _text_features(self, prompt: str) -> Tensor:
-        return self.model.encode_text(self.tokenizer([prompt]).to(self.device))
+    def _tokens(self, prompt: str) -> dict[str, Tensor]:
+        return {"text": self.tokenizer([prompt])}
+
+    def _text_features(self, tokens: Mapping[str, Tensor]) -> Tensor:
+        return self.model.encode_text(tokens["text"].to(self.device))
+
+    def _text_tower(self) -> tuple[dict[str, Tensor], str]:
+        weights = {name: tensor for name, tensor in self.model.state_dict().items() if not name.startswith("visual.")}
+        return weights, json.dumps(self.architecture, sort_keys=True)

@@ -1,7 +1,7 @@
 """Triton kernels of `srpo_kernels.ops.gelu`.
 
 ``gelu(x) = x (1 + tanh(u)) / 2 = x sigmoid(2u)`` with ``u = sqrt(2/pi) (x + 0.044715 x^3)``: nothing cancels in the
-sigmoid, as it does in ``1 + tanh`` for negative x.
+sigmoid, as it does in ``1 + tanh`` for negative x. QuickGELU is the same with ``2u = 1.702 x``.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ _CUBIC = tl.constexpr(0.044715 * _LINEAR.value)
 _LINEAR_2 = tl.constexpr(_LINEAR.value * math.log2(math.e))
 _CUBIC_2 = tl.constexpr(_CUBIC.value * math.log2(math.e))
 _SLOPE_CUBIC = tl.constexpr(3 * _CUBIC.value)
+_QUICK = tl.constexpr(1.702)
+_QUICK_2 = tl.constexpr(_QUICK.value * math.log2(math.e))
 
 
 @triton.jit
-def _sigmoid(x):
+def _sigmoid(x, QUICK: tl.constexpr):
     """sigmoid(2u), and its product with sigmoid(-2u). The power never overflows, and small results lose no digits."""
-    exponent = x * (_LINEAR_2 + _CUBIC_2 * (x * x))
+    exponent = x * (_QUICK_2 if QUICK else _LINEAR_2 + _CUBIC_2 * (x * x))
     power = tl.exp2(-tl.abs(exponent))
     larger = 1 / (1 + power)
     smaller = power * larger
@@ -44,6 +46,7 @@ def gelu_kernel(
     width,
     attn_stride,
     x_stride,
+    QUICK: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -65,7 +68,7 @@ def gelu_kernel(
         x = tl.load(x_ptr + row * x_stride + start + columns, mask=mask, other=0.0).to(ACC)
         if bias_ptr is not None:
             x += tl.load(bias_ptr + start + columns, mask=mask, other=0.0).to(ACC)
-        out = x * _sigmoid(x)[0]
+        out = x * _sigmoid(x, QUICK)[0]
         tl.store(out_ptr + attn_width + start + columns, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -81,6 +84,7 @@ def gelu_backward_kernel(
     width,
     gradient_stride,
     x_stride,
+    QUICK: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -99,8 +103,8 @@ def gelu_backward_kernel(
         x = tl.load(x_ptr + row * x_stride + start + columns, mask=mask, other=0.0).to(ACC)
         if bias_ptr is not None:
             x += bias
-        gate, slope = _sigmoid(x)
-        dx = gradient * (gate + x * slope * (_LINEAR + _SLOPE_CUBIC * (x * x)))
+        gate, slope = _sigmoid(x, QUICK)
+        dx = gradient * (gate + x * slope * (_QUICK if QUICK else _LINEAR + _SLOPE_CUBIC * (x * x)))
         if dx_ptr is not None:
             tl.store(dx_ptr + row * width + start + columns, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         total += dx
@@ -108,23 +112,31 @@ def gelu_backward_kernel(
         tl.store(partials_ptr + group.to(tl.int64) * width + start + columns, total, mask=mask)
 
 
-def forward(x: Tensor, bias: Tensor | None) -> Tensor:
+def forward(x: Tensor, bias: Tensor | None, *, quick: bool = False) -> Tensor:
     out = x.new_empty(x.shape)
     if bias is None and x.is_contiguous():
         x = x.view(1, -1)  # one row, however narrow the rows are
-    return _forward(x[:, :0], x, bias, out)
+    return _forward(x[:, :0], x, bias, out, quick)
+
+
+def quick_forward(x: Tensor) -> Tensor:
+    return forward(x, None, quick=True)
 
 
 def concat_forward(attn: Tensor, mlp: Tensor) -> Tensor:
-    return _forward(attn, mlp, None, attn.new_empty(attn.shape[0], attn.shape[1] + mlp.shape[1]))
+    return _forward(attn, mlp, None, attn.new_empty(attn.shape[0], attn.shape[1] + mlp.shape[1]), False)
 
 
-def backward(gradient: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+def backward(gradient: Tensor, x: Tensor, bias: Tensor | None, *, quick: bool = False) -> Tensor:
     dx = x.new_empty(x.shape)
     if bias is None and x.is_contiguous() and gradient.is_contiguous():
         gradient, x = gradient.view(1, -1), x.view(1, -1)
-    _backward(gradient, x, bias, dx, None, 1, *elementwise(x.shape[1], x))
+    _backward(gradient, x, bias, dx, None, 1, *elementwise(x.shape[1], x), quick)
     return dx
+
+
+def quick_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    return backward(gradient, x, None, quick=True)
 
 
 def bias_backward(gradient: Tensor, x: Tensor, bias: Tensor, wants_x: bool) -> tuple[Tensor, Tensor]:
@@ -134,11 +146,11 @@ def bias_backward(gradient: Tensor, x: Tensor, bias: Tensor, wants_x: bool) -> t
     each = rows_per_program(rows, triton.cdiv(width, block))
     dtype = torch.promote_types(x.dtype, torch.float32)
     partials = x.new_empty(1, triton.cdiv(rows, each), width, dtype=dtype)
-    _backward(gradient, x, bias, dx if wants_x else None, partials, each, block, warps)
+    _backward(gradient, x, bias, dx if wants_x else None, partials, each, block, warps, False)
     return dx, sum_partials(partials, bias.dtype)[0]
 
 
-def _forward(attn: Tensor, x: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+def _forward(attn: Tensor, x: Tensor, bias: Tensor | None, out: Tensor, quick: bool) -> Tensor:
     if out.numel():
         block, warps = elementwise(max(attn.shape[1], x.shape[1]), x)
         blocks = triton.cdiv(attn.shape[1], block) + triton.cdiv(x.shape[1], block)
@@ -152,6 +164,7 @@ def _forward(attn: Tensor, x: Tensor, bias: Tensor | None, out: Tensor) -> Tenso
                 x.shape[1],
                 attn.stride(0),
                 x.stride(0),
+                QUICK=quick,
                 ACC=accumulator(x),
                 BLOCK=block,
                 num_warps=warps,
@@ -168,6 +181,7 @@ def _backward(
     rows_each: int,
     block: int,
     warps: int,
+    quick: bool,
 ) -> None:
     rows, width = x.shape
     if x.numel():
@@ -183,6 +197,7 @@ def _backward(
                 width,
                 gradient.stride(0),
                 x.stride(0),
+                QUICK=quick,
                 ACC=accumulator(x),
                 BLOCK=block,
                 num_warps=warps,

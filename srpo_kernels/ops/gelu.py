@@ -1,4 +1,5 @@
-"""GELU in its tanh form, which FLUX's feed-forward layers use: alone, and inside the single block's concatenation."""
+"""GELU in its tanh form, which FLUX's feed-forward layers use, alone and inside the single block's concatenation; and
+CLIP's sigmoid form."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch.nn.functional import gelu
 from srpo_kernels.ops._checks import check_floating
 from srpo_kernels.ops._register import define, describe
 
-__all__ = ["gelu_concat", "gelu_tanh"]
+__all__ = ["gelu_concat", "gelu_tanh", "quick_gelu"]
 
 # --- reference --------------------------------------------------------------------------------
 
@@ -47,6 +48,20 @@ def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
     return wide if bias is None else wide + bias.to(wide.dtype)
 
 
+def quick_gelu_reference(x: Tensor) -> Tensor:
+    """x [R, D] -> [R, D] in x's dtype, computed in fp32 or wider."""
+    wide = _biased(x, None)
+    return (wide * torch.sigmoid(1.702 * wide)).to(x.dtype).contiguous()
+
+
+def _quick_backward_reference(gradient: Tensor, x: Tensor) -> Tensor:
+    wide = _biased(x, None)
+    gradient, gate = gradient.to(wide.dtype), torch.sigmoid(1.702 * wide)
+    # In autograd's own order: in fp32 not a bit differs from the composed form.
+    slope = 1.702 * torch.ops.aten.sigmoid_backward(gradient * wide, gate)
+    return (gradient * gate + slope).to(x.dtype).contiguous()
+
+
 # --- contract: tensors are [R, D] with contiguous rows ----------------------------------------
 
 _forward = define(
@@ -75,6 +90,18 @@ _concat_forward = define(
     fake=lambda attn, mlp: attn.new_empty(attn.shape[0], attn.shape[1] + mlp.shape[1]),
     cpu=gelu_concat_reference,
     cuda="srpo_kernels._triton.gelu:concat_forward",
+)
+_quick_forward = define(
+    "quick_gelu_fwd(Tensor x) -> Tensor",
+    fake=lambda x: x.new_empty(x.shape),
+    cpu=quick_gelu_reference,
+    cuda="srpo_kernels._triton.gelu:quick_forward",
+)
+_quick_backward = define(
+    "quick_gelu_bwd(Tensor gradient, Tensor x) -> Tensor",
+    fake=lambda gradient, x: x.new_empty(x.shape),
+    cpu=_quick_backward_reference,
+    cuda="srpo_kernels._triton.gelu:quick_backward",
 )
 
 
@@ -120,6 +147,19 @@ class _GeluConcat(torch.autograd.Function):
         dattn = gradient[:, : ctx.split] if ctx.needs_input_grad[0] else None  # a view, as torch.cat's
         dmlp = None if mlp is None else _backward(gradient[:, ctx.split :], mlp, None)
         return dattn, dmlp
+
+
+class _QuickGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return _quick_forward(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return _quick_backward(_rows(gradient), x)  # its strides are unspecified
 
 
 # --- public functions -------------------------------------------------------------------------
@@ -172,6 +212,22 @@ def gelu_concat(attn: Tensor, mlp: Tensor) -> Tensor:
     return _GeluConcat.apply(_rows(attn), _rows(mlp)).reshape(*attn.shape[:-1], width)
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """``x * sigmoid(1.702 * x)``, the GELU of OpenAI's CLIP towers, in one pass.
+
+    Args:
+        x: [..., D], fp32, fp16 or bf16 (float64 for checking). Rows may be strided; other layouts are copied.
+
+    Returns:
+        [..., D] in x's dtype, computed in fp32. Differentiable; backward needs x only.
+
+    Raises:
+        TypeError: x has another dtype.
+    """
+    check_floating("quick_gelu", x=x)
+    return _QuickGelu.apply(_rows(x)).reshape(x.shape)
+
+
 describe(
     gelu_tanh,
     formula="gelu(x + bias), tanh form",
@@ -187,4 +243,12 @@ describe(
     saved="none",
     floor="forward: read 1, write 1 (of D1 + D2 elements a row); backward: read 2, write 1 (of D2)",
     schemas=("gelu_concat_fwd", "gelu_tanh_bwd"),
+)
+describe(
+    quick_gelu,
+    formula="x * sigmoid(1.702 x)",
+    shapes="x [..., D] -> [..., D]",
+    saved="none",
+    floor="forward: read 1, write 1; backward: read 2, write 1",
+    schemas=("quick_gelu_fwd", "quick_gelu_bwd"),
 )

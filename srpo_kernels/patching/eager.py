@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm, rms_norm
+from torch.nn.functional import gelu, group_norm, layer_norm, rms_norm, silu
 
 import srpo_kernels as sk
 
-__all__ = ["choose"]
+__all__ = ["EAGER", "choose"]
 
 
 def choose(selected: Collection[str]) -> SimpleNamespace:
     """Functions by operator name: this package's where selected, diffusers' elsewhere."""
-    return SimpleNamespace(**{name: getattr(sk, name) if name in selected else eager for name, eager in _EAGER.items()})
+    return SimpleNamespace(**{name: getattr(sk, name) if name in selected else eager for name, eager in EAGER.items()})
 
 
 def _layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -76,7 +77,12 @@ def _gelu_concat(attn: Tensor, mlp: Tensor) -> Tensor:
     return torch.cat([attn, gelu(mlp, approximate="tanh")], dim=-1)
 
 
-_EAGER = {
+def _group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, activation: bool) -> Tensor:
+    normed = group_norm(x, num_groups, weight, bias, eps)
+    return silu(normed) if activation else normed
+
+
+EAGER: dict[str, Callable[..., Any]] = {
     "layer_norm_modulate": _layer_norm_modulate,
     "gated_residual": _gated_residual,
     "gated_residual_layer_norm_modulate": _gated_residual_layer_norm_modulate,
@@ -84,4 +90,5 @@ _EAGER = {
     "joint_qk_norm_rope": _joint_qk_norm_rope,
     "gelu_tanh": _gelu_tanh,
     "gelu_concat": _gelu_concat,
+    "group_norm_silu": _group_norm_silu,
 }

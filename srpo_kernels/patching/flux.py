@@ -29,25 +29,12 @@ from torch import Tensor, nn
 
 from srpo_kernels.patching.attention import attend
 from srpo_kernels.patching.eager import choose
-from srpo_kernels.patching.handle import Rule
+from srpo_kernels.patching.handle import Rule, hooked
 from srpo_kernels.patching.identity_cache import IdentityCache
 from srpo_kernels.patching.rollout import Modulations, run_blocks
 
-__all__ = ["OPS", "rules"]
+__all__ = ["rules"]
 
-#: What `ops` of `patch` may name: operators, and two things that are none. "position_cache" keeps rotary tables for the
-#: ids they were made from; "joint_stream" joins text and image once instead of in every single block.
-OPS = (
-    "layer_norm_modulate",
-    "gated_residual",
-    "gated_residual_layer_norm_modulate",
-    "qk_norm_rope",
-    "joint_qk_norm_rope",
-    "gelu_tanh",
-    "gelu_concat",
-    "position_cache",
-    "joint_stream",
-)
 _FP16_MAX = 65504
 
 
@@ -107,7 +94,7 @@ def rules(selected: Collection[str]) -> list[Rule]:
             _single_block(ops),
             ("gated_residual", "gelu_concat"),
             {FluxSingleTransformerBlock.forward: {"0b116839d6"}},
-            lambda module: _hooked(module.act_mlp, "act_mlp"),
+            lambda module: hooked(module.act_mlp, "act_mlp"),
         ),
         Rule(
             FluxPosEmbed,
@@ -129,15 +116,10 @@ def rules(selected: Collection[str]) -> list[Rule]:
 # --- why an instance is left alone ------------------------------------------------------------
 
 
-def _hooked(module: Any, name: str) -> str | None:
-    """Fused modules are not called, so nothing that hangs on their call would run."""
-    return f"{name} has forward hooks" if module._forward_hooks or module._forward_pre_hooks else None
-
-
 def _affine(norm: Any) -> str | None:
     if not isinstance(norm, nn.LayerNorm):
         return f"its norm is a {type(norm).__name__}, not a LayerNorm"
-    return "its LayerNorm has weights" if norm.elementwise_affine else _hooked(norm, "its LayerNorm")
+    return "its LayerNorm has weights" if norm.elementwise_affine else hooked(norm, "its LayerNorm")
 
 
 def _refuse_attention(module: Any) -> str | None:
@@ -145,7 +127,7 @@ def _refuse_attention(module: Any) -> str | None:
     for norm in norms:
         if not isinstance(norm, nn.RMSNorm) or norm.weight is None or norm.eps is None:
             return "its query and key norms are not RMSNorm with a weight and an epsilon"
-        if reason := _hooked(norm, "a query or key norm"):
+        if reason := hooked(norm, "a query or key norm"):
             return reason
     if len({norm.eps for norm in norms}) > 1:
         return "its norms have several epsilons"

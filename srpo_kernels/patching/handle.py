@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Entry", "PatchHandle", "Rule", "fingerprint", "install", "is_patched"]
+__all__ = ["Entry", "PatchHandle", "Rule", "fingerprint", "hooked", "install", "is_patched"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Rule:
     uses: Collection[str]  # names of operators
     stands_for: dict[Callable, Collection[str]]  # functions whose work it does -> fingerprints it was written against
     refuse: Callable[[Any], str | None] = lambda _: None  # why an instance cannot be patched
+    within: tuple[type[nn.Module], ...] = (nn.Module,)  # only instances that one of these holds, or is
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def install(module: nn.Module, rules: Sequence[Rule], *, strict: bool) -> PatchH
     entries, found = [], []
     for name, child in module.named_modules():
         rule = next((rule for rule in rules if isinstance(child, rule.target)), None)
-        if rule is None:
+        if rule is None or not any(isinstance(outer, rule.within) for outer in _path(module, name)):
             continue
         if is_patched(child):
             raise ValueError(f"patch: {name or 'the model'} is patched already; call remove() of its handle first")
@@ -112,6 +113,11 @@ def install(module: nn.Module, rules: Sequence[Rule], *, strict: bool) -> PatchH
     for _, child, forward in found:
         child.__dict__["forward"] = forward
     return handle
+
+
+def hooked(module: Any, name: str) -> str | None:
+    """Why a module that is fused into another cannot be: it is not called, so its hooks would not run."""
+    return f"{name} has forward hooks" if module._forward_hooks or module._forward_pre_hooks else None
 
 
 def is_patched(module: nn.Module) -> bool:
@@ -131,6 +137,14 @@ def fingerprint(function: Callable) -> str:
             if ast.get_docstring(node) is not None:
                 node.body = node.body[1:] or [ast.Pass()]
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:10]
+
+
+def _path(module: nn.Module, name: str) -> list[nn.Module]:
+    """`module` and every submodule on the way to the one of that name, itself included."""
+    path = [module]
+    for part in filter(None, name.split(".")):
+        path.append(path[-1].get_submodule(part))
+    return path
 
 
 def _drift(rule: Rule) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import gelu
 
 import srpo_kernels.ops.gelu as module
-from srpo_kernels.ops.gelu import gelu_concat, gelu_tanh
+from srpo_kernels.ops.gelu import gelu_concat, gelu_tanh, quick_gelu
 from srpo_kernels.testing import check_against_reference
 from srpo_kernels.testing.compile_only import ARCHITECTURES, Compiled, compile_for
 
@@ -33,6 +33,14 @@ def composed_concat(attn: Tensor, mlp: Tensor) -> Tensor:
     return torch.cat([attn, composed(mlp)], -1)
 
 
+def composed_quick(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def check_quick(x: Tensor, upstream: Tensor | None = None) -> dict[str, Tensor]:
+    return check_against_reference(quick_gelu, composed_quick, {"x": x}, differentiable=("x",), upstream=upstream)
+
+
 def check(inputs: dict[str, Tensor], upstream: Tensor | None = None) -> dict[str, Tensor]:
     """The operator that takes `inputs`, within budget."""
     functions = (gelu_tanh, composed) if "x" in inputs else (gelu_concat, composed_concat)
@@ -48,6 +56,7 @@ def test_within_budget(shape: tuple[int, ...], dtype: torch.dtype, device: str) 
     inputs = {"x": drawn(*shape, dtype=dtype, device=device)}
     check(inputs)
     check(inputs | {"bias": drawn(shape[-1], dtype=dtype, device=device)})
+    check_quick(inputs["x"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -77,9 +86,11 @@ def test_fine_grid(device: str) -> None:
     """Where the sigmoid saturates and around zero, in fp32, with all upstream gradients one."""
     x = torch.linspace(-12, 12, 30001, device=device)
     check({"x": x}, torch.ones_like(x))
+    check_quick(x, torch.ones_like(x))
     small = torch.cat([x * 10.0**-power for power in (3, 10, 30)])
-    exact = composed(small.double())
-    assert ((gelu_tanh(small) - exact).abs() <= 4 * torch.finfo(torch.float32).eps * exact.abs()).all()
+    for function, plain in ((gelu_tanh, composed), (quick_gelu, composed_quick)):
+        exact = plain(small.double())
+        assert ((function(small) - exact).abs() <= 4 * torch.finfo(torch.float32).eps * exact.abs()).all()
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
@@ -89,9 +100,12 @@ def test_extremes_are_eagers(device: str) -> None:
     expected = composed(x)
     for out in (gelu_tanh(x), gelu_concat(x, x)[9:]):
         torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
-    finite = x[5:].requires_grad_()
+    torch.testing.assert_close(quick_gelu(x), composed_quick(x), rtol=0, atol=0, equal_nan=True)
+    finite, large = x[5:].requires_grad_(), x[3:].detach().requires_grad_()
     (gradient,) = torch.autograd.grad(gelu_tanh(finite).sum(), finite)
     assert gradient.tolist() == [1.0, 0.0, 0.5, 0.5]
+    (gradient,) = torch.autograd.grad(quick_gelu(large).sum(), large)
+    assert gradient.tolist() == [1.0, 0.0, 1.0, 0.0, 0.5, 0.5]
 
 
 def test_float64_is_computed_in_float64(device: str) -> None:
@@ -101,11 +115,22 @@ def test_float64_is_computed_in_float64(device: str) -> None:
     torch.testing.assert_close(gelu_tanh(x, bias), expected, rtol=1e-13, atol=1e-15)
     gradients = (torch.autograd.grad(out.sum(), x)[0] for out in (gelu_tanh(x, bias), expected))
     torch.testing.assert_close(*gradients, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(quick_gelu(x), composed_quick(x), rtol=1e-13, atol=1e-15)
+
+
+def test_quick_gelu_on_the_cpu_is_bitwise_the_composed_form() -> None:
+    """So that a reward in fp32 scores, and is differentiated, exactly as its library does it."""
+    x, upstream = drawn(64, 65).requires_grad_(), drawn(65, 64).T
+    plain = composed_quick(x)
+    assert torch.equal(module.quick_gelu_reference(x), plain)
+    (gradient,) = torch.autograd.grad(plain, x, upstream)
+    assert torch.equal(module._quick_backward_reference(upstream, x.detach()), gradient)
 
 
 def test_gradcheck(device: str) -> None:
     x, bias = (drawn(*shape, dtype=torch.float64, device=device).requires_grad_() for shape in ((2, 3), (3,)))
     assert torch.autograd.gradcheck(gelu_tanh, (x,))
+    assert torch.autograd.gradcheck(quick_gelu, (x,))
     assert torch.autograd.gradcheck(gelu_tanh, (x, bias))
     assert torch.autograd.gradcheck(gelu_concat, (x[:, :1].detach().clone().requires_grad_(), x))
 
@@ -128,6 +153,7 @@ def test_awkward_layouts(device: str) -> None:
         for given in (dict(x=strange), dict(x=strange, bias=bias), dict(attn=strange, mlp=plain)):
             check(given)
         check(dict(attn=plain, mlp=strange))
+        check_quick(strange)
 
 
 def test_gradients_of_any_layout(device: str) -> None:
@@ -136,6 +162,7 @@ def test_gradients_of_any_layout(device: str) -> None:
     for upstream in (wide[..., :48], wide[..., ::2], wide[0, 0, 0].expand(2, 5, 48), wide[:, :1, :48].expand(2, 5, 48)):
         for inputs in ({"x": x}, {"x": x, "bias": bias}):
             check(inputs, upstream[..., :24])
+        check_quick(x, upstream[..., :24])
         check({"attn": attn, "mlp": x}, upstream)
 
 
@@ -145,6 +172,7 @@ def test_nothing_to_compute(shape: tuple[int, ...], device: str) -> None:
     results = check({"x": x, "bias": bias})
     assert not results["dbias"].any()
     check({"x": x})
+    check_quick(x)
     check({"attn": x, "mlp": x})
     if shape[-1] == 0 and x.ndim > 1:  # nothing on one side
         other = drawn(*shape[:-1], 5, device=device)
@@ -154,6 +182,7 @@ def test_nothing_to_compute(shape: tuple[int, ...], device: str) -> None:
 
 def test_scalar(device: str) -> None:
     check({"x": torch.tensor(0.5, device=device)})
+    check_quick(torch.tensor(0.5, device=device))
 
 
 # --- contract -----------------------------------------------------------------------------------
@@ -184,6 +213,7 @@ def test_saved_for_backward(device: str) -> None:
     fused, bias = drawn(2, 5, 60, device=device).requires_grad_(), drawn(24, device=device)
     attn, mlp = fused[..., :24], fused[..., 24:48]
     assert kept(gelu_tanh, mlp) == [(mlp.data_ptr(), (10, 24))]
+    assert kept(quick_gelu, mlp) == [(mlp.data_ptr(), (10, 24))]
     assert kept(gelu_tanh, mlp, bias) == [(mlp.data_ptr(), (10, 24)), (bias.data_ptr(), (24,))]
     assert kept(gelu_concat, attn, mlp) == [(mlp.data_ptr(), (10, 24))]
     assert kept(gelu_concat, attn, mlp.detach()) == []
@@ -208,6 +238,8 @@ def test_deterministic(device: str) -> None:
         return [out, *torch.autograd.grad(out.square().sum(), given)]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+    quick = [torch.autograd.grad(quick_gelu(given[0]).square().sum(), given[0])[0] for _ in range(2)]
+    assert torch.equal(*quick)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -220,6 +252,8 @@ def test_opcheck(dtype: torch.dtype, device: str) -> None:
         for wants_x in (False, True):
             torch.library.opcheck(module._bias_backward, (fused[:, :24], x, bias, wants_x))
         torch.library.opcheck(module._concat_forward, (fused[:, :7], x))
+        torch.library.opcheck(module._quick_forward, (x,))
+        torch.library.opcheck(module._quick_backward, (fused[:, :24], x))
 
 
 def test_compiles_without_graph_breaks(device: str) -> None:
@@ -228,6 +262,7 @@ def test_compiles_without_graph_breaks(device: str) -> None:
         (gelu_tanh, composed, {"x": x}),
         (gelu_tanh, composed, {"x": x, "bias": bias}),
         (gelu_concat, composed_concat, {"attn": attn, "mlp": x}),
+        (quick_gelu, composed_quick, {"x": x}),
     ):
         torch.compiler.reset()
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -252,6 +287,8 @@ _ZEROS = torch.zeros(2, 3, 4)
         (gelu_concat, dict(attn=_ZEROS, mlp=_ZEROS[:1]), ValueError, "mlp must be [2, 3, D2], got [1, 3, 4]"),
         (gelu_concat, dict(attn=_ZEROS[0, 0], mlp=_ZEROS[0, 0, 0]), ValueError, "mlp must be [D2], got []"),
         (gelu_concat, dict(attn=_ZEROS, mlp=_ZEROS.to("meta")), ValueError, "attn is on cpu but mlp is on meta"),
+        (quick_gelu, dict(x=_ZEROS.int()), TypeError, f"x must be {FLOATING}, got torch.int32"),
+        (quick_gelu, dict(x=[1.0]), TypeError, f"x must be {FLOATING}, got list"),
     ],
 )  # fmt: skip
 def test_errors_name_the_argument(
@@ -276,7 +313,7 @@ def compiled(kernel: str, dtype: torch.dtype, width: int, architecture: int, **g
     block, warps = kernels._part_of_row(width, size) if summing else elementwise(width, torch.empty(0, dtype=dtype))
     kind = {2: "*bf16", 4: "*fp32"}[size]
     function = getattr(kernels, kernel)
-    known = dict(bias_ptr=None, dx_ptr=kind, partials_ptr=None, rows_each="i32" if summing else 1) | given
+    known = dict(bias_ptr=None, dx_ptr=kind, partials_ptr=None, rows_each="i32" if summing else 1, QUICK=False) | given
     defaults = {name: kind if name.endswith("_ptr") else "i32" for name in function.arg_names}
     arguments = defaults | known | dict(ACC=tl.float32, BLOCK=block)
     made = compile_for(
@@ -301,8 +338,10 @@ def compiled(kernel: str, dtype: torch.dtype, width: int, architecture: int, **g
         ("gelu_backward_kernel", {"bias_ptr": "*fp32"}),
         ("gelu_backward_kernel", {"bias_ptr": "*fp32", "partials_ptr": "*fp32"}),
         ("gelu_backward_kernel", {"bias_ptr": "*fp32", "partials_ptr": "*fp32", "dx_ptr": None}),
+        ("gelu_kernel", {"QUICK": True}),
+        ("gelu_backward_kernel", {"QUICK": True}),
     ],
-    ids=["forward", "forward bias", "backward", "backward bias", "sums", "sums only"],
+    ids=["forward", "forward bias", "backward", "backward bias", "sums", "sums only", "quick", "quick backward"],
 )
 def test_resources(architecture: int, dtype: torch.dtype, width: int, kernel: str, given: dict[str, Any]) -> None:
     made, wide = compiled(kernel, dtype, width, architecture, **given)
