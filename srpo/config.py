@@ -17,6 +17,7 @@ from srpo.data import control_group
 from srpo.errors import InputError
 from srpo.models import Precision
 from srpo.objective import SRPOConfig
+from srpo.optimizer import OptimizerConfig
 from srpo.rewards import RewardConfig
 from srpo_kernels.patching import PATCHABLE
 
@@ -101,6 +102,12 @@ class TrainConfig:
     data: DataConfig
     run: RunConfig
     srpo: SRPOConfig = field(default_factory=SRPOConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        if self.model.precision == "fp32" and self.optimizer.model_weights("fp32") != "fp32":
+            weights = self.optimizer.weights
+            raise ValueError(f"optimizer.weights {weights} trains bf16 weights, which needs model.precision bf16")
 
 
 def find_recipe(name: str) -> Path:

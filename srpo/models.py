@@ -69,18 +69,20 @@ class Flux:
         precision: Precision = "fp32",
         max_sequence_length: int = 512,
         trainable: bool = False,
+        weights: Precision = "fp32",
     ) -> Flux:
         """Load the diffusers directory `path`; nothing is downloaded.
 
-        bf16 stores and computes in bf16. A trainable transformer keeps fp32 weights under autocast, because
-        an update at SRPO's learning rate is smaller than bf16 can add.
+        bf16 stores and computes in bf16. A trainable transformer holds `weights`: fp32 (under autocast for bf16), as an
+        update at SRPO's learning rate is smaller than bf16 can add, or bf16 where the optimizer keeps the rest.
 
         Raises:
             InputError: `path` is not a complete FLUX pipeline directory.
         """
         path = check_model_directory(path)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        dtypes = {"default": dtype, "transformer": torch.float32 if trainable else dtype}
+        trained = torch.bfloat16 if weights == "bf16" else torch.float32
+        dtypes = {"default": dtype, "transformer": trained if trainable else dtype}
         try:
             pipeline = FluxPipeline.from_pretrained(path, torch_dtype=dtypes, local_files_only=True).to(device)
         except (OSError, SafetensorError, ValueError) as error:
@@ -182,7 +184,9 @@ class Flux:
         return velocity
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        """Casts to what the transformer computes in, where that is not what it holds."""
+        enabled = self.precision == "bf16" and self.transformer.dtype == torch.float32
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def _make_position_ids(self, text: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Ids of `text` text tokens and of the image's: the same tensors every time, which patched models look at."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from srpo.errors import InputError
 from srpo.images import save_grid
 from srpo.models import Flux, check_model_directory
 from srpo.objective import branches, draw_timestep, srpo_loss, with_control
+from srpo.optimizer import load_optimizer, take_step
 from srpo.randomness import generator
 from srpo.rewards import CosineReward, load_reward
 from srpo.rundir import updates_done, write_config
@@ -91,17 +93,19 @@ class Trainer:
             precision=config.model.precision,
             max_sequence_length=config.model.max_sequence_length,
             trainable=True,
+            weights=config.optimizer.model_weights(config.model.precision),
         )
         self.flux.patch(config.model.kernels)
         self.policy = self._checkpointing_policy()
         named = dict(self.flux.transformer.named_parameters())
         self.names, self.parameters = list(named), list(named.values())
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = load_optimizer(
+            config.optimizer,
+            objective,
             self.parameters,
-            lr=objective.learning_rate,
-            betas=objective.betas,
-            eps=objective.eps,
-            weight_decay=objective.weight_decay,
+            precision=config.model.precision,
+            backwards=self.clean_batches * run.draws_per_rollout,
+            seed=run.seed,
         )
         if self.start:
             weights, state = self.checkpoints.load(self.start)
@@ -117,8 +121,8 @@ class Trainer:
         height, width = flux.latent_size(*self.size)
         free = None
         if config.model.checkpointing == "auto":
-            weights = sum(parameter.nbytes for parameter in flux.transformer.parameters())
-            free = max(0, free_memory(flux.device) - 3 * weights)  # AdamW keeps two states, and there are gradients
+            reserved = config.optimizer.reserved_bytes(list(flux.transformer.parameters()), config.model.precision)
+            free = max(0, free_memory(flux.device) - reserved)
         return flux_policy(
             flux.transformer,
             config.model.checkpointing,
@@ -197,12 +201,13 @@ class Trainer:
             if self.ranks.any(problem is not None):
                 raise NonFiniteError(f"update {step + 1}: {problem or 'a score of another rank is not finite'}")
             self.ranks.average(parameter.grad for parameter in self.parameters if parameter.grad is not None)
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.srpo.max_grad_norm)
-            if not norm.isfinite():
+            stepped = take_step(self.optimizer, self.config.srpo.max_grad_norm)
+            if not math.isfinite(stepped["grad_norm"]):
                 prompts = ", ".join(sorted({caption for draw in draws for caption in draw.captions}))
-                raise NonFiniteError(f"update {step + 1}: the gradient norm is {norm.item()} (prompts: {prompts})")
-            self.optimizer.step()
-        return self._record(step, draws, norm, seconds)
+                raise NonFiniteError(
+                    f"update {step + 1}: the gradient norm is {stepped['grad_norm']} (prompts: {prompts})"
+                )
+        return self._record(step, draws, stepped, seconds)
 
     def _chosen(self, step: int, index: int) -> tuple[list[str], list[Path]]:
         """Captions of a clean batch, and the files of its images: none when it is a rollout's."""
@@ -285,7 +290,7 @@ class Trainer:
         scores = output.scores.reshape(len(pair), len(captions))
         return _Draw(output.loss, output.branch_losses, scores, names, captions, timestep)
 
-    def _record(self, step: int, draws: list[_Draw], norm: Tensor, seconds: dict[str, float]) -> dict:
+    def _record(self, step: int, draws: list[_Draw], stepped: dict[str, float], seconds: dict[str, float]) -> dict:
         """What the log keeps of an update: means over all draws and ranks."""
         names = draws[0].branches
         losses = torch.stack([draw.branch_losses for draw in draws]).mean(0)
@@ -294,7 +299,7 @@ class Trainer:
         return {
             "losses": {"total": losses.sum().item(), **dict(zip(names, losses.tolist(), strict=True))},
             "scores": dict(zip(names, scores.tolist(), strict=True)),
-            "grad_norm": norm.item(),
+            **stepped,
             "timesteps": [draw.timestep for draw in draws],
             "controls": list(self.config.srpo.controls(step)),
             "seconds": {name: round(value, 4) for name, value in seconds.items()},

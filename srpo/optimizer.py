@@ -1,0 +1,100 @@
+"""From a recipe's `optimizer` section to an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from srpo.models import Precision
+from srpo.objective import SRPOConfig
+from srpo_kernels.optim import AdamW
+
+__all__ = ["OptimizerConfig", "load_optimizer", "take_step"]
+
+#: Bytes a parameter beside itself and its gradient.
+_REMAINDER = {"fp32": 0.0, "split32": 2.0, "split24": 1.0, "bf16_sr": 0.0}
+_MOMENTS = {"fp32": 8.0, "M4": 4.0, "M3": 3.1, "M2": 2.1}
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW: srpo_kernels' own, or torch's to compare with. Its numbers are the objective's.
+
+    "auto" stores fp32 weights and moments for precision fp32, and split32 with M4 for bf16.
+    """
+
+    name: Literal["srpo", "torch"] = "srpo"
+    weights: Literal["auto", "fp32", "split32", "split24", "bf16_sr"] = "auto"
+    moments: Literal["auto", "fp32", "M4", "M3", "M2"] = "auto"
+    # What gradients are summed in over the batches of an update; auto: fp32 when there are several.
+    gradients: Literal["auto", "fp32", "bf16"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.name == "torch" and not {self.weights, self.moments} <= {"auto", "fp32"}:
+            raise ValueError("optimizer.weights and optimizer.moments must be auto or fp32 with optimizer.name torch")
+
+    def modes(self, precision: Precision) -> tuple[str, str]:
+        """How weights and moments are stored."""
+        low = precision == "bf16" and self.name == "srpo"
+        weights = ("split32" if low else "fp32") if self.weights == "auto" else self.weights
+        return weights, ("M4" if low else "fp32") if self.moments == "auto" else self.moments
+
+    def model_weights(self, precision: Precision) -> Literal["fp32", "bf16"]:
+        """What the model holds while it is trained."""
+        return "fp32" if self.modes(precision)[0] == "fp32" else "bf16"
+
+    def reserved_bytes(self, parameters: Sequence[Tensor], precision: Precision) -> int:
+        """Bytes of gradients and optimizer state for `parameters`."""
+        weights, moments = self.modes(precision)
+        gradient = 2 if self.gradients == "bf16" and weights != "fp32" else 4
+        count = sum(parameter.numel() for parameter in parameters)
+        return int(count * (gradient + _REMAINDER[weights] + _MOMENTS[moments]))
+
+
+def load_optimizer(
+    config: OptimizerConfig,
+    objective: SRPOConfig,
+    parameters: Sequence[nn.Parameter],
+    *,
+    precision: Precision,
+    backwards: int,
+    seed: int,
+) -> torch.optim.Optimizer:
+    """The optimizer of `parameters`, for updates of so many backward passes each."""
+    numbers: dict[str, Any] = dict(
+        lr=objective.learning_rate,
+        betas=objective.betas,
+        eps=objective.eps,
+        weight_decay=objective.weight_decay,
+    )
+    if config.name == "torch":
+        return torch.optim.AdamW(parameters, **numbers)
+    if config.gradients == "fp32" or (config.gradients == "auto" and backwards > 1):
+        for parameter in parameters:
+            parameter.grad_dtype = torch.float32
+    weights, moments = config.modes(precision)
+    return AdamW(
+        parameters, **numbers, weights=weights, moments=moments, max_grad_norm=objective.max_grad_norm, seed=seed
+    )
+
+
+def take_step(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> dict[str, float]:
+    """Clip and step, unless a gradient is not finite; returns `grad_norm` before the clip, and what else is known.
+
+    srpo_kernels' optimizer also tells `changed`, the fraction of bf16 weights that the update moved, `update_ratio`,
+    its norm over that of the weights, and `nonfinite`, the gradient elements that were not finite.
+    """
+    if isinstance(optimizer, AdamW):
+        optimizer.step()
+        found = {name: value.item() for name, value in optimizer.telemetry.items()}
+        ratio = found["update_norm"] / found["weight_norm"] if found["weight_norm"] else 0.0
+        return {"update_ratio": ratio, **{name: found[name] for name in ("grad_norm", "changed", "nonfinite")}}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    if norm.isfinite():
+        optimizer.step()
+    return {"grad_norm": norm.item()}
