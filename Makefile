@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Models this small run fastest on one thread, many times so when the other core is busy.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint readme gpu docs clean
+.PHONY: setup extension demo test lint readme gpu docs clean
 
 setup: $(VENV)/installed
 
@@ -13,7 +13,12 @@ $(VENV)/installed: pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --progress-bar on --upgrade pip
 	$(BIN)/python -m pip install --progress-bar on --editable ".[test]"
+	$(MAKE) extension
 	touch $@
+
+# Without a compiler there is no extension, which nothing needs. That of CUDA takes a minute and only GPUs run it.
+extension:  ## the C++ kernels, where there is a compiler; SRPO_BUILD_CUDA=1 for those of CUDA
+	SRPO_BUILD_CUDA=$${SRPO_BUILD_CUDA:-0} $(BIN)/python setup.py build_ext --inplace
 
 demo: setup  ## SRPO on the tiny model, pictures and report under runs/
 	$(BIN)/srpo demo
@@ -39,4 +44,4 @@ readme: setup  ## measure the demo again and put its table and picture into the 
 	$(BIN)/python docs/update.py runs/readme
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) runs build *.egg-info srpo_kernels/*.so

@@ -144,9 +144,14 @@ def advance(
     scaled = gradient.float() * coefficient
     first = first + (scaled - first) * s.rate1
     second = second * s.beta2 + (scaled * scaled) * s.rate2
-    denominator = torch.sqrt(second) / s.correction2 + s.eps
+    denominator = _root(second) / s.correction2 + s.eps
     update = s.lr * ((first / s.correction1) / denominator) + s.decay * weight
     return weight - update, first, second, update
+
+
+def _root(x: Tensor) -> Tensor:
+    """The fp32 square root that IEEE defines, by way of double: on the CPU PyTorch's own may be an ulp off (MKL's)."""
+    return torch.sqrt(x.double()).float()
 
 
 # --- norms ------------------------------------------------------------------------------------

@@ -1,0 +1,72 @@
+// Library _C: the operators on the CPU. Their schemas are in srpo_kernels/extension.py.
+#include <mutex>
+
+#include "arguments.h"
+#include "cpu/adamw.h"
+
+namespace srpo {
+namespace {
+
+// Units that are worth a thread: about 20 microseconds.
+constexpr int64_t kGrain = 16;
+
+// Runs `work(begin, end, sums)` over all units in parallel; sums are exact, so their order does not matter.
+template <class Work>
+Tensor add_up(const Plan& plan, const Tensor& like, int size, const Work& work) {
+  Tensor result = integers(like, size);
+  uint64_t* total = static_cast<uint64_t*>(result.mutable_data_ptr());
+  std::mutex mutex;
+  torch::stable::parallel_for(0, plan.units(), kGrain, [&](int64_t begin, int64_t end) {
+    std::vector<uint64_t> sums(size_t(size), 0);
+    work(begin, end, sums.data());
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (int i = 0; i < size; ++i) total[i] += sums[size_t(i)];
+  });
+  return result;
+}
+
+Tensor adamw_step(Tensors weights, Tensors remainders, Tensors first, Tensors first_scales, Tensors second,
+                  Tensors second_scales, Tensors averages, Tensors gradients, Tensor scalars, Tensor steps,
+                  Tensor coefficient, Tensor finite, std::vector<int64_t> starts, int64_t seed, double ema_decay,
+                  int64_t ema_every, std::string weights_name, std::string moments_name) {
+  const Weights weights_as = weights_mode(weights_name);
+  const Moments moments_as = moments_mode(moments_name);
+  const Plan plan = step_plan(weights, remainders, first, first_scales, second, second_scales, averages, gradients,
+                              scalars, steps, coefficient, finite, starts, ema_every, weights_as, moments_as);
+  const Step step{weights_as,
+                  moments_as,
+                  static_cast<const Scalars*>(scalars.const_data_ptr()),
+                  steps.const_data_ptr<int64_t>(),
+                  *coefficient.const_data_ptr<float>(),
+                  *finite.const_data_ptr<bool>(),
+                  uint64_t(seed),
+                  float(1 - ema_decay),
+                  ema_every};
+  return add_up(plan, gradients[0], kTelemetry,
+                [&](int64_t begin, int64_t end, uint64_t* sums) { step_units(plan, step, begin, end, sums); });
+}
+
+Tensor sums_of_squares(Tensors gradients) {
+  const Plan plan = plan_of(gradients, {}, {});
+  return add_up(plan, gradients[0], kNormSums,
+                [&](int64_t begin, int64_t end, uint64_t* sums) { square_units(plan, begin, end, sums); });
+}
+
+Tensor adamw_scalars(Tensor steps, Tensor lr, double beta1, double beta2, double eps, double weight_decay) {
+  check_scalars(steps, lr);
+  Tensor result = torch::stable::new_empty(steps, {steps.numel(), 8}, ScalarType::Float);
+  Scalars* out = static_cast<Scalars*>(result.mutable_data_ptr());
+  const int64_t* number = steps.const_data_ptr<int64_t>();
+  const double rate = *lr.const_data_ptr<double>();
+  for (int64_t i = 0; i < steps.numel(); ++i) out[i] = srpo::scalars(number[i], rate, beta1, beta2, eps, weight_decay);
+  return result;
+}
+
+}  // namespace
+}  // namespace srpo
+
+STABLE_TORCH_LIBRARY_IMPL(srpo, CPU, m) {
+  m.impl("adamw_step", TORCH_BOX(&srpo::adamw_step));
+  m.impl("sums_of_squares", TORCH_BOX(&srpo::sums_of_squares));
+  m.impl("adamw_scalars", TORCH_BOX(&srpo::adamw_scalars));
+}

@@ -1,0 +1,84 @@
+"""Operators over lists of tensors that csrc/ implements: their schemas, and loading the libraries if they were built.
+
+The libraries are optional. `_C` has the kernels for the CPU, `_C_cuda` those for CUDA; an operator called without its
+library raises `NotImplementedError`. Nothing is loaded before `available` or `extension_status` is called.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["available", "extension_status"]
+
+_HERE = Path(__file__).parent
+_LIBRARIES = {"cpu": "_C", "cuda": "_C_cuda"}
+
+
+def available(device: torch.device | str) -> bool:
+    """Whether the operators run on tensors on `device`; loads the library the first time."""
+    return torch.device(device).type in _LIBRARIES and _load(torch.device(device).type) == "loaded"
+
+
+def extension_status() -> dict[str, str]:
+    """For each library: "loaded", or why it is not; and the torch that it was loaded into."""
+    found = {library: _load(device) for device, library in _LIBRARIES.items()}
+    return {**found, "torch": f"{torch.__version__}, CUDA {torch.version.cuda}"}
+
+
+@functools.cache
+def _load(device: str) -> str:
+    path = _HERE / f"{_LIBRARIES[device]}.abi3.so"
+    if not path.exists():
+        return "not built: python setup.py build_ext --inplace"
+    if device == "cuda" and torch.version.cuda is None:
+        return "not loaded: torch is not a CUDA build"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:  # another torch, or another processor
+        return f"not loaded: {error}"
+    return "loaded"
+
+
+# --- schemas ----------------------------------------------------------------------------------
+# Lists have one tensor per parameter, contiguous, of its shape (scales: a number per row and 128 columns), or none
+# where a mode stores nothing; `srpo_kernels.optim.reference` says what all of it means. What is one number, and whether
+# gradients are finite, is read where it is: nothing waits for the device.
+
+# One step of parameters that are stored alike. `scalars` [n, 8] is what adamw_scalars returns, `steps` int64 [n] counts
+# the coming step, `coefficient` fp32 and `finite` bool have one element, `starts` are the places of the first elements.
+# Returns int64 [65], to be summed: 32 bins of the updates, 32 of the stored weights, and how many bf16 weights changed.
+_STEP = (
+    "(Tensor(a!)[] weights, Tensor(b!)[] remainders, Tensor(c!)[] first, Tensor(d!)[] first_scales, "
+    "Tensor(e!)[] second, Tensor(f!)[] second_scales, Tensor(g!)[] averages, Tensor[] gradients, Tensor scalars, "
+    "Tensor steps, Tensor coefficient, Tensor finite, int[] starts, int seed, float ema_decay, int ema_every, "
+    "str weights_mode, str moments_mode) -> Tensor"
+)
+# int64 [34]: 32 bins, the chunks whose sum is not finite, the elements that are not finite.
+_SQUARES = "(Tensor[] gradients) -> Tensor"
+# fp32 [n, 8]: `reference.Scalars` for every step number; lr is a double on the same device.
+_SCALARS = "(Tensor steps, Tensor lr, float beta1, float beta2, float eps, float weight_decay) -> Tensor"
+
+
+def _step_fake(weights: list[Tensor], *_: object) -> Tensor:
+    return weights[0].new_empty(65, dtype=torch.int64)
+
+
+def _squares_fake(gradients: list[Tensor]) -> Tensor:
+    return gradients[0].new_empty(34, dtype=torch.int64)
+
+
+def _scalars_fake(steps: Tensor, *_: object) -> Tensor:
+    return steps.new_empty(steps.numel(), 8, dtype=torch.float32)
+
+
+for _name, _schema, _fake in (
+    ("adamw_step", _STEP, _step_fake),
+    ("sums_of_squares", _SQUARES, _squares_fake),
+    ("adamw_scalars", _SCALARS, _scalars_fake),
+):
+    torch.library.define(f"srpo::{_name}", _schema)
+    torch.library.register_fake(f"srpo::{_name}", _fake)
