@@ -4,6 +4,7 @@ Importing this package needs torch only.
 """
 
 from srpo_kernels.checkpointing import checkpointed_reward
+from srpo_kernels.extension import extension_status
 from srpo_kernels.ops.gated_residual import gated_residual, gated_residual_layer_norm_modulate
 from srpo_kernels.ops.gelu import gelu_concat, gelu_tanh, quick_gelu
 from srpo_kernels.ops.group_norm_silu import group_norm_silu
@@ -25,6 +26,7 @@ __all__ = [
     "NoisePrior",
     "PatchHandle",
     "checkpointed_reward",
+    "extension_status",
     "gated_residual",
     "gated_residual_layer_norm_modulate",
     "gelu_concat",

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from srpo_kernels.extension import extension_status
 from srpo_kernels.ops._register import DTYPES, OPS
 
 
@@ -20,7 +21,8 @@ def table() -> str:
         own = "from source, not installed"
     lines = [
         f"srpo-kernels {own}, torch {torch.__version__}, triton {triton}, GPU: {gpu}",
-        "CUDA tensors run Triton kernels, CPU tensors the eager reference; there is no compiled extension yet.",
+        "CUDA tensors run Triton kernels, CPU tensors the eager reference.",
+        f"Optimizers, compiled: {', '.join(f'{name} {state}' for name, state in extension_status().items())}",
         f"dtypes: {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)} (float64 for checking)",
         "",
     ]

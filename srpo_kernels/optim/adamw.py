@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from srpo_kernels.optim import states
+from srpo_kernels.optim.compiled import advance_alike, takes
 from srpo_kernels.optim.norm import GradientNorm, gradient_norm
 from srpo_kernels.optim.options import check_gradient, check_group, check_options
 from srpo_kernels.optim.reference import BINS, advance, scalars, sums_of_squares, total
@@ -134,16 +135,16 @@ class AdamW(Optimizer):
             if self.max_grad_norm is not None:
                 coefficient = norm.coefficient(self.max_grad_norm)
             sums = []
-            for group, members in work:
-                steps = torch.stack([storage.state["step"] for storage, _ in members]).long() + 1
-                numbers = scalars(steps, group["lr"], group["betas"], group["eps"], group["weight_decay"])
-                for (storage, gradient), step, number in zip(members, steps.unbind(), numbers, strict=True):
-                    rows = matrix(local(gradient))
-                    weight, first, second, update = advance(
-                        rows, coefficient, storage.weight(), storage.first(), storage.second(), number
-                    )
-                    sums.append(_write(storage, group, step, norm.finite, weight, (first, second), update))
-            self.telemetry = _telemetry(norm, sums, work)
+            for group, alike in ((group, alike) for group, members in work for alike in _alike(members)):
+                steps = torch.stack([storage.state["step"] for storage, _ in alike]).long() + 1
+                if takes(alike[0][0]):
+                    added = advance_alike(group, alike, steps, norm, coefficient)
+                else:
+                    added = _advance(group, alike, steps, norm, coefficient)
+                sums.append((shard_groups(alike[0][0].parameter), added))
+            self.telemetry = _telemetry(
+                norm, sums, [storage.parameter for _, members in work for storage, _ in members]
+            )
         return loss
 
     def _with_gradients(self) -> list[tuple[dict[str, Any], list[tuple[Storage, Tensor]]]]:
@@ -246,6 +247,41 @@ class AdamW(Optimizer):
         states.load_canonical(self, state_dict)
 
 
+def _alike(members: list[tuple[Storage, Tensor]]) -> list[list[tuple[Storage, Tensor]]]:
+    """`members` in lists of those that one call of the extension can take, or that it cannot."""
+    found: dict[Any, list[tuple[Storage, Tensor]]] = {}
+    for storage, gradient in members:
+        parameter = storage.parameter
+        key = (
+            storage.weights,
+            storage.moments,
+            parameter.device,
+            gradient.dtype,
+            shard_groups(parameter),
+            takes(storage),
+        )
+        found.setdefault(key, []).append((storage, gradient))
+    return list(found.values())
+
+
+def _advance(
+    group: dict[str, Any],
+    members: list[tuple[Storage, Tensor]],
+    steps: Tensor,
+    norm: GradientNorm,
+    coefficient: Tensor,
+) -> Tensor:
+    """`advance_alike` without the extension."""
+    numbers = scalars(steps, group["lr"], group["betas"], group["eps"], group["weight_decay"])
+    sums = []
+    for (storage, gradient), step, number in zip(members, steps.unbind(), numbers, strict=True):
+        weight, first, second, update = advance(
+            matrix(local(gradient)), coefficient, storage.weight(), storage.first(), storage.second(), number
+        )
+        sums.append(_write(storage, group, step, norm.finite, weight, (first, second), update))
+    return torch.stack(sums).sum(0)
+
+
 def _write(
     storage: Storage,
     group: dict[str, Any],
@@ -272,10 +308,9 @@ def _write(
 
 
 def _telemetry(
-    norm: GradientNorm, sums: list[Tensor], work: list[tuple[dict[str, Any], list[tuple[Storage, Tensor]]]]
+    norm: GradientNorm, sums: list[tuple[tuple[Any, ...], Tensor]], parameters: list[Tensor]
 ) -> dict[str, Tensor]:
-    parameters = [storage.parameter for _, members in work for storage, _ in members]
-    added = add_up([(shard_groups(parameter), part) for parameter, part in zip(parameters, sums, strict=True)])
+    added = add_up(sums)
     halves = sum(parameter.numel() for parameter in parameters if parameter.dtype == torch.bfloat16)
     squares = total(added[: 2 * BINS].view(2, BINS))
     update, weight = torch.sqrt(squares).float().unbind()

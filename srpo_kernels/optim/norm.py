@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from srpo_kernels.extension import available
 from srpo_kernels.optim.reference import BINS, sums_of_squares, total
 from srpo_kernels.optim.sharding import add_up, check_placements, local, matrix, shard_groups
 
@@ -29,16 +31,26 @@ class GradientNorm:
 
 def gradient_norm(gradients: list[Tensor]) -> GradientNorm:
     """Norm of all `gradients`, plain or DTensor, together; a collective operation for those that are sharded."""
-    parts = []
+    alike: dict[Any, list[Tensor]] = {}
     for gradient in gradients:
-        rows = matrix(local(gradient))
-        bins, lost = sums_of_squares(rows)
-        nonfinite = (~rows.isfinite()).sum()
-        parts.append((shard_groups(gradient), torch.cat([bins, torch.stack([lost, nonfinite])])))
+        alike.setdefault((shard_groups(gradient), gradient.device), []).append(local(gradient))
+    parts = []
+    for (groups, device), members in alike.items():
+        if available(device):
+            added = torch.ops.srpo.sums_of_squares([member.contiguous() for member in members])
+        else:
+            added = torch.stack([_sums(matrix(member)) for member in members]).sum(0)
+        parts.append((groups, added))
     sums = add_up(parts)
     finite = sums[BINS] == 0
     norm = torch.where(finite, torch.sqrt(total(sums[:BINS])), torch.nan)
     return GradientNorm(norm, finite, sums[BINS + 1])
+
+
+def _sums(rows: Tensor) -> Tensor:
+    """Of a matrix: bins of its squares, chunks whose sum is not finite, elements that are not."""
+    bins, lost = sums_of_squares(rows)
+    return torch.cat([bins, torch.stack([lost, (~rows.isfinite()).sum()])])
 
 
 @torch.no_grad()
