@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from srpo_kernels.checkpointing import _UNITS, flux_policy
 from srpo_kernels.patching import attention
 from srpo_kernels.testing.trace import Trace
 
+PAGE = Path(__file__).parent.parent / "docs/patching.md"  # states what is counted here
 WIDTH, HEADS, TEXT = 3072, 24, 512
 BLOCKS = {"double": FluxTransformerBlock, "single": FluxSingleTransformerBlock}
 #: Elements moved at least, in units of tokens x width: modulated norms, rotary, GELU, gated residuals.
@@ -103,6 +106,8 @@ def test_what_a_patched_block_keeps(kind: str, mode: str, budget: float) -> None
     kept = _kept(kind, mode, patched=True)
     assert kept <= budget
     assert kept == pytest.approx(_UNITS[mode][kind == "single"], abs=0.1), "what flux_policy reckons with"
+    (row,) = (line for line in PAGE.read_text().splitlines() if line.startswith(f"| `{mode}` | "))
+    assert [int(number) for number in re.findall(r"\d+", row)[:2]][kind == "single"] == round(kept)
 
 
 class _FusedRMSNorm(torch.autograd.Function):
@@ -121,7 +126,10 @@ class _FusedRMSNorm(torch.autograd.Function):
 @pytest.mark.parametrize(("kind", "units"), [("double", 22), ("single", 20)])
 def test_an_unpatched_block_keeps_more(kind: str, units: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.RMSNorm, "forward", lambda self, x: _FusedRMSNorm.apply(x, self.weight))
-    assert _kept(kind, "none", patched=False) == pytest.approx(units, abs=0.2)
+    kept = _kept(kind, "none", patched=False)
+    assert kept == pytest.approx(units, abs=0.2)
+    (stated,) = re.findall(r"own blocks keep (\d+) / (\d+)", PAGE.read_text())
+    assert int(stated[kind == "single"]) == round(kept)
 
 
 def _traced(kind: str, *, patched: bool, monkeypatch: pytest.MonkeyPatch, batch: int = 1) -> Trace:

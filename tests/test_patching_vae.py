@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ FLUX = dict(
 )
 SMALL = {**FLUX, "block_out_channels": (8, 16, 16, 24), "layers_per_block": 1, "norm_num_groups": 4}
 GB = 1e9
+PAGE = Path(__file__).parent.parent / "docs/patching.md"  # states what is counted here
 
 
 def network(dtype: torch.dtype = torch.float32, **changes: Any) -> AutoencoderKL:
@@ -255,6 +257,8 @@ def test_decoder_at_720_pixels_keeps_less_than_two_gigabytes(monkeypatch: pytest
     patched, plain = (kept_by_decoder(720, monkeypatch, patched=patched) for patched in (True, False))
     assert patched <= 2.0 * GB
     assert plain >= 4.0 * GB
+    page = " ".join(PAGE.read_text().split())
+    assert f"keeps {patched / GB:.1f} GB of a 720 pixel image for backward, {plain / GB:.1f} GB unpatched" in page
 
 
 def test_two_images_of_1024_pixels_fit_beside_the_transformer(monkeypatch: pytest.MonkeyPatch) -> None:
