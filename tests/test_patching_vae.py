@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
-from srpo_kernels import patch
+from srpo_kernels import checkpointed_reward, patch
 from srpo_kernels.patching import VAE_OPS
 from srpo_kernels.patching import vae as rules
 from srpo_kernels.patching.frozen_conv import frozen_conv2d
@@ -267,3 +267,24 @@ def test_two_images_of_1024_pixels_fit_beside_the_transformer(monkeypatch: pytes
     transformer = 11.9e9 * (2 + 2 + 2)
     blocks = 2 * (4096 + 512) * 3072 * 2 * (19 * 1.0 + 38 * 1.0)  # checkpointing: block
     assert decoder + transformer + blocks <= 100 * GB
+
+
+def test_nothing_is_kept_within_checkpointed_reward() -> None:
+    vae = network()
+    patch(vae, strict=True)
+    x_t, noise, velocity = (latents(seed=seed) for seed in range(3))
+    with Trace() as trace:
+        scores = checkpointed_reward(
+            x_t,
+            noise,
+            velocity.requires_grad_(),
+            0.75,
+            0.5,
+            decode=lambda z: vae.decode(z, return_dict=False)[0],
+            score=lambda images, _: images.square().mean((1, 2, 3)),
+        )
+    assert trace.kept() <= scores.nbytes + 6 * x_t.nbytes  # inputs, made contiguous, and noise levels
+    plain = vae.decode(velocity, return_dict=False)[0]
+    assert plain.nbytes > 6 * x_t.nbytes  # a single image would already be more
+    (gradient,) = torch.autograd.grad(scores.sum(), velocity)
+    assert gradient.abs().sum() > 0
