@@ -15,15 +15,49 @@ from srpo_kernels._triton.layer_norm_modulate import normalize, row_block, throu
 ONE_LAUNCH = 4096
 
 
-def backward_options(width: int) -> dict[str, int]:
-    """Of a launch of backward, whose three sums leave room for 4 elements a thread, and for the next row on its way.
+def backward_options(width: int, size: int) -> dict[str, int]:
+    """Of a launch of backward, for elements of up to `size` bytes.
 
-    Blocks have at most 1024 threads, so that wider rows get 16 elements a thread, and more registers.
+    The three sums leave room for 4 elements a thread; two rows to come wait in shared memory, where they fit. Blocks
+    have at most 1024 threads, so that wider rows get 16 elements a thread, and more registers.
     """
     block = triton.next_power_of_2(max(width, 1))
     if width <= ONE_LAUNCH:
-        return dict(BLOCK=block, STAGES=2, num_warps=min(max(block // 128, 1), 32), maxnreg=64)
+        stages = 3 if block * size <= 2**14 else 1
+        return dict(BLOCK=block, STAGES=stages, num_warps=min(max(block // 128, 1), 32), maxnreg=64)
     return dict(BLOCK=block, STAGES=1, num_warps=16, maxnreg=128)
+
+
+@triton.jit
+def load_two(first_ptr, second_ptr, first_place, second_place, width, BLOCK: tl.constexpr):
+    """The rows at two places, as one tile if their dtypes are the same.
+
+    Of one row in half precision, 4 elements a thread are 8 bytes. Of the tile a thread loads 16 bytes from either row,
+    and gets its 4 elements of both through shared memory, where rows to come are anyway.
+    """
+    columns = tl.arange(0, BLOCK)
+    if first_ptr.dtype == second_ptr.dtype:
+        top = tl.arange(0, 2)[:, None] == 0
+        places = tl.where(top, first_ptr + first_place + columns[None, :], second_ptr + second_place + columns[None, :])
+        first, second = tl.split(tl.trans(tl.load(places, mask=(columns < width)[None, :], other=0.0)))
+    else:
+        first = tl.load(first_ptr + first_place + columns, mask=columns < width, other=0.0)
+        second = tl.load(second_ptr + second_place + columns, mask=columns < width, other=0.0)
+    return first, second
+
+
+@triton.jit
+def store_two(first_ptr, second_ptr, place, first, second, width, BLOCK: tl.constexpr):
+    """The way back of `load_two`, to one place in two tensors."""
+    columns = tl.arange(0, BLOCK)
+    first, second = first.to(first_ptr.dtype.element_ty), second.to(second_ptr.dtype.element_ty)
+    if first_ptr.dtype == second_ptr.dtype:
+        top = tl.arange(0, 2)[:, None] == 0
+        places = tl.where(top, first_ptr + place + columns[None, :], second_ptr + place + columns[None, :])
+        tl.store(places, tl.trans(tl.join(first, second)), mask=(columns < width)[None, :])
+    else:
+        tl.store(first_ptr + place + columns, first, mask=columns < width)
+        tl.store(second_ptr + place + columns, second, mask=columns < width)
 
 
 @triton.jit
@@ -109,21 +143,27 @@ def gated_residual_layer_norm_modulate_backward_kernel(
     first = tl.program_id(0) % programs * rows
     columns = tl.arange(0, BLOCK)
     mask = columns < width
+    # Loaded one by one, for the layout that rows are brought to: 4 elements side by side.
     gate = tl.load(gate_ptr + image * gate_image + columns, mask=mask, other=0.0).to(ACC)
     scale = tl.load(scale_ptr + image * scale_image + columns, mask=mask, other=0.0).to(ACC)
     dgate = tl.zeros((BLOCK,), ACC)
     dscale = tl.zeros((BLOCK,), ACC)
     dshift = tl.zeros((BLOCK,), ACC)
-    # Stages: the next row travels to shared memory while the sums over this one wait for all warps.
+    # Stages: rows to come travel to shared memory while the sums over this one wait for all warps.
     for index in tl.range(first, tl.minimum(first + rows, tokens), num_stages=STAGES):
         token = tl.cast(index, tl.int64)
         row = image * tokens + token
-        place = image * residual_image + token * residual_token + columns
-        residual = tl.load(residual_ptr + place, mask=mask, other=0.0).to(ACC)
-        place = image * branch_image + token * branch_token + columns
-        branch = tl.load(branch_ptr + place, mask=mask, other=0.0).to(ACC)
-        place = image * dmodulated_image + token * dmodulated_token + columns
-        dmodulated = tl.load(dmodulated_ptr + place, mask=mask, other=0.0).to(ACC)
+        place = image * residual_image + token * residual_token
+        other = image * branch_image + token * branch_token
+        residual, branch = load_two(residual_ptr, branch_ptr, place, other, width, BLOCK)
+        residual, branch = residual.to(ACC), branch.to(ACC)
+        place = image * dmodulated_image + token * dmodulated_token
+        if dnew_ptr is None:
+            dmodulated = tl.load(dmodulated_ptr + place + columns, mask=mask, other=0.0).to(ACC)
+        else:
+            other = image * dnew_image + token * dnew_token
+            dmodulated, dnew = load_two(dmodulated_ptr, dnew_ptr, place, other, width, BLOCK)
+            dmodulated = dmodulated.to(ACC)
         mean = tl.load(statistics_ptr + row)
         rstd = tl.load(statistics_ptr + tl.cast(images, tl.int64) * tokens + row)
         unit = (residual + gate * branch - mean) * rstd
@@ -134,15 +174,19 @@ def gated_residual_layer_norm_modulate_backward_kernel(
         if DGATE or dresidual_ptr is not None or dbranch_ptr is not None:
             total = through_norm(dmodulated * (1 + scale), unit, rstd, width)
             if dnew_ptr is not None:
-                place = image * dnew_image + token * dnew_token + columns
-                total += tl.load(dnew_ptr + place, mask=mask, other=0.0).to(ACC)
+                total += dnew.to(ACC)
             if DGATE:
                 dgate += total * branch
-            if dresidual_ptr is not None:
-                tl.store(dresidual_ptr + row * width + columns, total.to(dresidual_ptr.dtype.element_ty), mask=mask)
-            if dbranch_ptr is not None:
-                dbranch = (gate * total).to(dbranch_ptr.dtype.element_ty)
-                tl.store(dbranch_ptr + row * width + columns, dbranch, mask=mask)
+            place = row * width
+            if dresidual_ptr is None or dbranch_ptr is None:
+                if dresidual_ptr is not None:
+                    dresidual = total.to(dresidual_ptr.dtype.element_ty)
+                    tl.store(dresidual_ptr + place + columns, dresidual, mask=mask)
+                if dbranch_ptr is not None:
+                    dbranch = (gate * total).to(dbranch_ptr.dtype.element_ty)
+                    tl.store(dbranch_ptr + place + columns, dbranch, mask=mask)
+            else:
+                store_two(dresidual_ptr, dbranch_ptr, place, total, gate * total, width, BLOCK)
     partials_ptr += tl.program_id(0).to(tl.int64) * width
     if DGATE:
         tl.store(partials_ptr + columns, dgate, mask=mask)
@@ -208,9 +252,10 @@ def backward(
     partials = statistics.new_empty(vectors, images * programs, width)
 
     def launch(dresidual: Tensor | None, dgate: bool, dbranch: Tensor | None, dscale: bool, dshift: bool) -> None:
+        upstream = dnew if dgate or dresidual is not None or dbranch is not None else None  # scale and shift: unused
         with device_guard(residual):
             gated_residual_layer_norm_modulate_backward_kernel[(images * programs,)](
-                dnew,
+                upstream,
                 dmodulated,
                 residual,
                 gate,
@@ -225,7 +270,7 @@ def backward(
                 tokens,
                 width,
                 rows,
-                *((0, 0) if dnew is None else dnew.stride()[:2]),
+                *((0, 0) if upstream is None else upstream.stride()[:2]),
                 *dmodulated.stride()[:2],
                 *residual.stride()[:2],
                 gate.stride(0),
@@ -235,7 +280,7 @@ def backward(
                 DSCALE=dscale,
                 DSHIFT=dshift,
                 ACC=accumulator(residual),
-                **backward_options(width),
+                **backward_options(width, max(residual.element_size(), branch.element_size())),
             )
 
     if residual.numel():

@@ -359,11 +359,13 @@ def resources(test: Callable) -> Callable:
     return test
 
 
-def compiled_kernel(kernel: Any, kind: str, architecture: int, **options: Any) -> Any:
+def compiled_kernel(
+    kernel: Any, kind: str, architecture: int, odd: dict[str, Any] | None = None, **options: Any
+) -> Any:
     import triton.language as tl
 
     known = dict.fromkeys(("statistics_ptr", "partials_ptr"), "*fp32") | dict(eps="fp64", ACC=tl.float32)
-    known |= {name: options.pop(name) for name in list(options) if name.isupper()}
+    known |= {name: options.pop(name) for name in list(options) if name.isupper()} | (odd or {})
     arguments = {name: known.get(name, kind if name.endswith("_ptr") else "i32") for name in kernel.arg_names}
     return compile_for(kernel, arguments, architecture=architecture, **options)
 
@@ -371,6 +373,10 @@ def compiled_kernel(kernel: Any, kind: str, architecture: int, **options: Any) -
 def prefetched(compiled: Any) -> set[str]:
     """Bytes that a thread loads ahead at once."""
     return set(re.findall(r"cp\.async\.c[ag]\.shared\.global .*?, (0x8|0x10), ", compiled.ptx))
+
+
+def stores(compiled: Any) -> set[str]:
+    return set(re.findall(r"st\.global\S*", compiled.ptx))
 
 
 @resources
@@ -396,7 +402,8 @@ def test_resources_fused(backward: bool, width: int, kind: str, architecture: in
     wide = width > kernels.ONE_LAUNCH
     if backward:
         kernel = kernels.gated_residual_layer_norm_modulate_backward_kernel
-        options = dict(DGATE=True, DSCALE=not wide, DSHIFT=not wide, **kernels.backward_options(width))
+        options = kernels.backward_options(width, 2 if kind == "*bf16" else 4)
+        options |= dict(DGATE=True, DSCALE=not wide, DSHIFT=not wide)
     else:
         kernel = kernels.gated_residual_layer_norm_modulate_kernel
         options = dict(zip(("BLOCK", "num_warps"), kernels.row_block(width), strict=True))
@@ -406,7 +413,35 @@ def test_resources_fused(backward: bool, width: int, kind: str, architecture: in
         assert compiled.occupancy >= 0.5
     if width >= 256:
         assert compiled.widest_store() == 16
-        if backward and not wide:  # three sums leave room for 4 elements a thread
-            assert prefetched(compiled) == {"0x8" if kind == "*bf16" else "0x10"}
+        if backward and not wide:
+            assert prefetched(compiled) == {"0x10"}  # every load but those of gate and scale
+            assert compiled.ptx.count("ld.global") == 2
         else:
             assert compiled.widest_load() == 16
+        if backward:
+            assert stores(compiled) == {"st.global.v4.b32"}
+
+
+@pytest.mark.compile_only
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("kind", "odd", "widths"),
+    [
+        ("*fp16", {}, {"0x10"}),
+        ("*bf16", dict.fromkeys(("gate_ptr", "scale_ptr"), "*fp32"), {"0x10"}),
+        ("*bf16", dict.fromkeys(("branch_ptr", "dbranch_ptr"), "*fp32"), {"0x8", "0x10"}),
+        ("*bf16", {"dnew_ptr": None}, {"0x8", "0x10"}),
+        ("*bf16", {"dresidual_ptr": None}, {"0x10"}),
+    ],
+)
+def test_resources_of_other_gradients(kind: str, odd: dict[str, Any], widths: set[str], architecture: int) -> None:
+    """A tensor on its own is read 8 bytes a thread."""
+    from srpo_kernels._triton import gated_residual_layer_norm_modulate as kernels
+
+    options = kernels.backward_options(3072, 4 if "branch_ptr" in odd else 2)
+    kernel = kernels.gated_residual_layer_norm_modulate_backward_kernel
+    sums = dict(DGATE=True, DSCALE=True, DSHIFT=True)
+    compiled = compiled_kernel(kernel, kind, architecture, odd, **sums, **options)
+    assert compiled.stack == 0
+    assert compiled.occupancy >= 0.5
+    assert prefetched(compiled) == widths
