@@ -1,25 +1,34 @@
 """Optimizer steps on the CPU: ns per parameter of the C++ kernels and of `torch.optim.AdamW(fused=True)`, in one run.
 
-    python -m benchmarks.optimizer_cpu [millions of parameters]
+    python -m benchmarks.optimizer_cpu [millions of parameters] [--json PATH]
 
-Calls alternate, so that what else runs on the machine slows all of them; the table has medians and ratios to torch.
+Calls alternate, so that what else runs on the machine slows all of them; the table has medians of the times, and of the
+ratios to torch's step of the same round.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
+import platform
 import statistics
-import sys
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from srpo_kernels.extension import available
-from srpo_kernels.optim.storage import MOMENTS, WEIGHTS, Storage
+from srpo_kernels.optim.storage import MOMENTS, Storage
 
+ROOT = Path(__file__).parent.parent
 COLUMNS = 3072
 ROUNDS = 15
+BASE = "torch fused, fp32"
 
 
 def torch_steps(rows: int) -> dict[str, Callable[[], object]]:
@@ -27,7 +36,7 @@ def torch_steps(rows: int) -> dict[str, Callable[[], object]]:
     weight = torch.randn(rows, COLUMNS).requires_grad_()
     weight.grad = torch.randn(rows, COLUMNS) * 1e-4
     step = torch.optim.AdamW([weight], lr=5e-6, fused=True).step
-    return {"torch fused, fp32": step, "torch clipping": lambda: torch.nn.utils.clip_grad_norm_([weight], 0.1)}
+    return {BASE: step, "torch clipping": lambda: torch.nn.utils.clip_grad_norm_([weight], 0.1)}
 
 
 def our_step(rows: int, weights: str, moments: str) -> Callable[[], Tensor]:
@@ -56,28 +65,66 @@ def our_norm(rows: int) -> Callable[[], Tensor]:
     return lambda: torch.ops.srpo.sums_of_squares([gradient])
 
 
+def measured(rows: int, threads: int) -> list[dict[str, Any]]:
+    """Medians of every case; prints them."""
+    torch.set_num_threads(threads)
+    cases = torch_steps(rows)
+    modes = [("fp32", "fp32"), *(("split32", moments) for moments in MOMENTS), ("split24", "M2"), ("bf16_sr", "M4")]
+    cases |= {f"{weights} + {moments}": our_step(rows, weights, moments) for weights, moments in modes}
+    cases["norm of bf16"] = our_norm(rows)
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(ROUNDS + 1):
+        for name, step in cases.items():
+            begin = time.perf_counter()
+            step()
+            times[name].append((time.perf_counter() - begin) / (rows * COLUMNS) * 1e9)
+    found = []
+    print(f"{threads} thread(s), {rows * COLUMNS / 1e6:.1f} M parameters")
+    for name, values in times.items():
+        ratios = [base / value for base, value in zip(times[BASE][1:], values[1:], strict=True)]
+        median, ratio = statistics.median(values[1:]), statistics.median(ratios)
+        found.append({"case": name, "threads": threads, "ns_per_parameter": median, "times_torch": ratio})
+        print(f"  {name:20} {median:6.2f} ns per parameter  {ratio:5.2f} x torch")
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    information = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    lines = (line.partition(":") for line in information.split("\n\n")[0].splitlines())
+    fields = {name.strip(): value.strip() for name, _, value in lines}
+    sha = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
+    return {
+        "device": fields.get("model name", platform.processor()),
+        "cpu_family": fields.get("cpu family"),
+        "avx512": "avx512bw" in fields.get("flags", ""),
+        "cores": os.cpu_count(),
+        "git": sha,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the table, and write it if asked to."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.optimizer_cpu", description=__doc__.splitlines()[0])
+    parser.add_argument("millions", type=float, nargs="?", default=24, help="parameters")
+    parser.add_argument("--json", type=Path, help="also write the medians and the environment here")
+    options = parser.parse_args()
     if not available("cpu"):
         raise SystemExit("srpo_kernels._C is not built: python setup.py build_ext --inplace")
-    rows = int(float(sys.argv[1] if len(sys.argv) > 1 else 24) * 1e6) // COLUMNS
-    cases = torch_steps(rows)
-    for weights, moments in [("fp32", "fp32"), *(("split32", name) for name in MOMENTS), (WEIGHTS[2], "M2")]:
-        cases[f"{weights} + {moments}"] = our_step(rows, weights, moments)
-    cases["norm of bf16"] = our_norm(rows)
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        times: dict[str, list[float]] = {name: [] for name in cases}
-        for _ in range(ROUNDS + 1):
-            for name, step in cases.items():
-                begin = time.perf_counter()
-                step()
-                times[name].append((time.perf_counter() - begin) / (rows * COLUMNS) * 1e9)
-        medians = {name: statistics.median(values[1:]) for name, values in times.items()}
-        base = medians["torch fused, fp32"]
-        print(f"{threads} thread(s), {rows * COLUMNS / 1e6:.1f} M parameters")
-        for name, value in medians.items():
-            print(f"  {name:20} {value:6.2f} ns per parameter  {base / value:5.2f} x torch")
+    rows = int(options.millions * 1e6) // COLUMNS
+    report = {
+        "environment": environment(),
+        "parameters": rows * COLUMNS,
+        "rounds": ROUNDS,
+        "optimizer": [row for threads in (1, 2) for row in measured(rows, threads)],
+    }
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        print(f"written: {options.json}")
 
 
 if __name__ == "__main__":

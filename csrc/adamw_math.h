@@ -1,8 +1,8 @@
-// Arithmetic of one element, as specified by srpo_kernels/optim/reference.py: the same bits on CPU and GPU.
+// Arithmetic as specified by srpo_kernels/optim/reference.py: the same bits on CPU and GPU.
 //
-// Every operation is one IEEE operation, so the compiler must not contract (-ffp-contract=off, -fmad=false). There are
-// selects instead of branches, so that loops over these functions vectorise. Values are passed as bit patterns where
-// the specification speaks of patterns.
+// Every operation is one IEEE operation, so the compiler must not contract (-ffp-contract=off, -fmad=false). Functions
+// of F and U take float and uint32_t or, on the CPU, vectors of them, so there are selects instead of branches. Values
+// are passed as bit patterns (U) where the specification speaks of patterns.
 #pragma once
 
 #include <cmath>
@@ -20,6 +20,7 @@ namespace srpo {
 constexpr int kBlock = 128;   // elements of a row that share a scale
 constexpr int kChunk = 1024;  // elements of a row whose squares are added in fp32
 constexpr int kBins = 32;     // of an exact sum
+constexpr int kDrawn = 16;    // elements that share a Philox counter
 
 enum class Weights { kFp32, kSplit32, kSplit24, kBf16Sr };
 enum class Moments { kFp32, kM4, kM3, kM2 };
@@ -27,22 +28,62 @@ enum class Gradient { kFp32, kFp16, kBf16 };
 
 // What is one number per parameter and step.
 struct Scalars {
-  float lr, decay, eps, rate1, beta2, rate2, correction1, correction2;
+  float rate, decay, eps, rate1, beta2, rate2, root;
 };
 
+template <class F>
 struct Advanced {
-  float weight, first, second, update;
+  F weight, first, second, update;
 };
 
-HD uint32_t bits_of(float x) {
-  uint32_t bits;
+// The type of numbers that goes with one of patterns, and the other way round.
+template <class T>
+struct Other;
+template <>
+struct Other<float> {
+  using Type = uint32_t;
+};
+template <>
+struct Other<uint32_t> {
+  using Type = float;
+};
+
+template <class F>
+HD typename Other<F>::Type bits_of(F x) {
+  typename Other<F>::Type bits;
   std::memcpy(&bits, &x, sizeof bits);
   return bits;
 }
 
-HD float float_of(uint32_t bits) {
-  float x;
+template <class U>
+HD typename Other<U>::Type float_of(U bits) {
+  typename Other<U>::Type x;
   std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Numbers below 2^23: adding 2^23 leaves them in the low bits.
+template <class U>
+HD typename Other<U>::Type float_of_integer(U x) {
+  return float_of(x | 0x4B000000u) - 0x1p23f;
+}
+template <class F>
+HD F rounded(F x) {
+  return x + 0x1p23f - 0x1p23f;
+}
+template <class F>
+HD typename Other<F>::Type integer_of(F x) {
+  return bits_of(x + 0x1p23f) & 0x7FFFFFu;
+}
+
+// The IEEE square root; the loop becomes one instruction.
+template <class F>
+HD F square_root(F x) {
+  if constexpr (sizeof(F) == sizeof(float)) {
+    x = std::sqrt(x);
+  } else {
+    for (unsigned i = 0; i < sizeof(F) / sizeof(float); ++i) x[i] = std::sqrt(x[i]);
+  }
   return x;
 }
 
@@ -59,43 +100,57 @@ HD double power_of(double base, int64_t exponent) {
 }
 
 HD Scalars scalars(int64_t step, double lr, double beta1, double beta2, double eps, double weight_decay) {
-  return {float(lr),
+  return {float(lr / (1 - power_of(beta1, step))),
           float(lr * weight_decay),
           float(eps),
           float(1 - beta1),
           float(beta2),
           float(1 - beta2),
-          float(1 - power_of(beta1, step)),
-          float(std::sqrt(1 - power_of(beta2, step)))};
+          float(1 / std::sqrt(1 - power_of(beta2, step)))};
 }
 
-HD Advanced advance(float gradient, float coefficient, float weight, float first, float second, const Scalars& s) {
-  const float scaled = gradient * coefficient;
+template <class F>
+HD Advanced<F> advance(F gradient, float coefficient, F weight, F first, F second, const Scalars& s) {
+  const F scaled = gradient * coefficient;
   first = first + (scaled - first) * s.rate1;
   second = second * s.beta2 + (scaled * scaled) * s.rate2;
-  const float denominator = std::sqrt(second) / s.correction2 + s.eps;
-  const float update = s.lr * ((first / s.correction1) / denominator) + s.decay * weight;
+  const F update = s.rate * (first / (square_root(second) * s.root + s.eps)) + s.decay * weight;
   return {weight - update, first, second, update};
 }
 
 // --- random bits ---------------------------------------------------------------------------------
 
-struct Words {
-  uint32_t lane[4];
+constexpr uint32_t kWeightStream = 0x41444157, kSecondStream = 0x41444158;
+
+struct Keys {
+  uint64_t round[7][2];
 };
 
-// Philox4x32-10 of counter (block, step, stream): the words of elements 4 block to 4 block + 3.
-HD Words random_words(uint32_t low, uint32_t high, uint32_t step, uint64_t seed) {
-  uint32_t c0 = low, c1 = high, c2 = step, c3 = 0x41444157;
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t(c0) * 0xD2511F53, p1 = uint64_t(c2) * 0xCD9E8D57;
-    c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
-    c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
-    c1 = uint32_t(p1);
-    c3 = uint32_t(p0);
-    k0 += 0x9E3779B9;
-    k1 += 0xBB67AE85;
+HD Keys keys_of(uint64_t seed) {
+  Keys keys{};
+  for (uint32_t round = 0; round < 7; ++round) {
+    keys.round[round][0] = uint32_t(seed) + round * 0x9E3779B9u;
+    keys.round[round][1] = uint32_t(seed >> 32) + round * 0xBB67AE85u;
+  }
+  return keys;
+}
+
+// Words are the low halves of T: 64 bits, or vectors of them.
+template <class T>
+struct Drawn {
+  T word[4];
+};
+
+// Philox4x32-7 of counter (low, high, step, stream); `wide` multiplies the word of a T by another one.
+template <class T, class Wide>
+HD Drawn<T> philox(T low, T high, uint32_t step, uint32_t stream, const Keys& keys, const Wide& wide) {
+  T c0 = low, c1 = high, c2 = T{} + step, c3 = T{} + stream;
+  for (const auto& key : keys.round) {
+    const T p0 = wide(c0, 0xD2511F53u), p1 = wide(c2, 0xCD9E8D57u);
+    c0 = (p1 >> 32) ^ c1 ^ key[0];
+    c2 = (p0 >> 32) ^ c3 ^ key[1];
+    c1 = p1;
+    c3 = p0;
   }
   return {{c0, c1, c2, c3}};
 }
@@ -105,38 +160,35 @@ HD Words random_words(uint32_t low, uint32_t high, uint32_t step, uint64_t seed)
 constexpr uint32_t kInfinity = 0x7F800000;
 
 // The pattern without its `dropped` lowest bits, rounded up in magnitude with the probability of what is dropped.
-HD uint32_t round_down_bits(uint32_t bits, uint32_t random, int dropped) {
-  const uint32_t mask = (1u << dropped) - 1, magnitude = bits & 0x7FFFFFFF;
-  uint32_t rounded = (bits + (random & mask)) & ~mask;
-  rounded = (rounded & kInfinity) == kInfinity ? bits & ~mask : rounded;
-  rounded = magnitude >= kInfinity ? bits : rounded;
-  return magnitude > kInfinity ? 0x7FC00000 : rounded;
+template <class F, class U>
+HD U round_down_bits(F x, U random, int dropped) {
+  const uint32_t mask = (1u << dropped) - 1;
+  const U bits = bits_of(x);
+  U rounded = bits + (random & mask);
+  rounded = (rounded & kInfinity) == kInfinity ? bits : rounded;
+  return (x != x ? 0x7FC00000u : rounded) & ~mask;
 }
 
-// The bf16 half, to nearest with ties away from zero; the remainder is the low half as a signed number.
-HD uint16_t upper16(uint32_t bits) { return uint16_t((bits + 0x8000) >> 16); }
-HD int16_t remainder16(uint32_t bits) { return int16_t(bits); }
-HD uint32_t join16(uint16_t upper, int16_t remainder) { return (uint32_t(upper) << 16) + uint32_t(int32_t(remainder)); }
-
-// The same for a pattern whose low byte is zero.
-HD int8_t remainder24(uint32_t bits) { return int8_t(uint8_t(bits >> 8)); }
-HD uint32_t join24(uint16_t upper, int8_t remainder) {
-  return (uint32_t(upper) << 16) + (uint32_t(int32_t(remainder)) << 8);
+// What has the bf16 half in its upper half, to nearest with ties away from zero. The remainder is the lower half of the
+// pattern as a signed number, and adding it to the upper half gives the pattern back.
+template <class U>
+HD U upper_half(U bits) {
+  return (bits + 0x8000u) & 0xFFFF0000u;
 }
 
-// fp32 to bf16, nearest even.
-HD uint16_t nearest16(uint32_t bits) {
-  const uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-  return uint16_t((bits & 0x7FFFFFFF) > kInfinity ? 0x7FC0 : rounded);
+// What has fp32 rounded to bf16, nearest even, in its upper half.
+template <class F>
+HD typename Other<F>::Type nearest_half(F x) {
+  const auto bits = bits_of(x), rounded = bits + 0x7FFFu + (bits >> 16 & 1u);
+  return x != x ? 0x7FC00000u : rounded;
 }
 
-HD float from_bf16(uint16_t bits) { return float_of(uint32_t(bits) << 16); }
-
-HD float from_fp16(uint16_t bits) {
-  const uint32_t sign = uint32_t(bits & 0x8000) << 16, magnitude = uint32_t(bits & 0x7FFF) << 13;
-  const uint32_t normal = magnitude + (112u << 23);
-  const uint32_t subnormal = bits_of(float(int32_t(bits & 0x3FF)) * 0x1p-24f);
-  const uint32_t found = magnitude < 1u << 23 ? subnormal : normal;
+// fp16 in the upper half.
+template <class U>
+HD typename Other<U>::Type from_fp16(U bits) {
+  const U sign = bits & 0x80000000u, magnitude = bits >> 3 & 0x0FFFE000u;
+  const U subnormal = bits_of(float_of_integer(bits >> 16 & 0x3FFu) * 0x1p-24f);
+  const U found = magnitude < 1u << 23 ? subnormal : magnitude + (112u << 23);
   return float_of(sign | (magnitude >= 31u << 23 ? magnitude | kInfinity : found));
 }
 
@@ -151,56 +203,64 @@ HD uint32_t scale_field(uint32_t largest) {
 HD float power_of_field(uint32_t field) { return float_of(field << 23); }
 
 // fp32 to e4m3fn, nearest even, what is too large becoming the largest value as in torch's cast.
-HD uint8_t to_e4m3(float x) {
-  const uint32_t bits = bits_of(x), magnitude = bits & 0x7FFFFFFF;
+template <class F>
+HD typename Other<F>::Type to_e4m3(F x) {
+  using U = typename Other<F>::Type;
+  const U bits = bits_of(x), magnitude = bits & 0x7FFFFFFFu;
   // Adding 2^14 leaves multiples of 2^-9, the subnormal step, in the low bits.
-  const uint32_t subnormal = bits_of(float_of(magnitude) + 0x1p14f) - (141u << 23);
+  const U subnormal = bits_of(float_of(magnitude) + 0x1p14f) - (141u << 23);
   // Below 2^-6 this wraps around and is not taken.
-  const int32_t rounded = int32_t(magnitude + 0x7FFFF + (magnitude >> 20 & 1) - (120u << 23)) >> 20;
-  const int32_t normal = rounded > 0x7E ? 0x7E : rounded;
-  int32_t code = int32_t(magnitude) < 121 << 23 ? int32_t(subnormal) : normal;
-  code = int32_t(magnitude) > int32_t(kInfinity) ? 0x7F : code;
-  return uint8_t(uint32_t(code) | (bits >> 24 & 0x80));
+  const U rounded = (magnitude + 0x7FFFFu + (magnitude >> 20 & 1u) - (120u << 23)) >> 20;
+  U code = magnitude < 121u << 23 ? subnormal : rounded > 0x7Eu ? 0x7Eu : rounded;
+  code = magnitude > kInfinity ? 0x7Fu : code;
+  return code | (bits >> 24 & 0x80u);
 }
 
-HD float from_e4m3(uint8_t code) {
-  const uint32_t sign = uint32_t(code & 0x80) << 24, magnitude = code & 0x7F;
-  const uint32_t normal = (magnitude << 20) + (120u << 23);
-  const uint32_t subnormal = bits_of(float(int32_t(magnitude & 7)) * 0x1p-9f);
-  const uint32_t found = magnitude < 8 ? subnormal : normal;
-  return float_of(sign | (magnitude == 0x7F ? 0x7FC00000 : found));
+template <class U>
+HD typename Other<U>::Type from_e4m3(U code) {
+  const U sign = (code & 0x80u) << 24, magnitude = code & 0x7Fu;
+  const U subnormal = bits_of(float_of_integer(magnitude & 7u) * 0x1p-9f);
+  const U found = magnitude < 8u ? subnormal : (magnitude << 20) + (120u << 23);
+  return float_of(sign | (magnitude == 0x7Fu ? 0x7FC00000u : found));
 }
 
 // What code q stands for at scale 1: (q / 255)^8.
-HD float eighth(int32_t code) {
-  const float x = float(code) * float(1.0 / 255.0);
-  const float square = x * x, fourth = square * square;
+template <class F>
+HD F eighth(F code) {
+  const F x = code * float(1.0 / 255.0);
+  const F square = x * x, fourth = square * square;
   return fourth * fourth;
 }
 
 // The eighth root, which may be rounded in any way.
-HD float eighth_root(float n) {
+template <class F>
+HD F eighth_root(F n) {
 #ifdef __CUDA_ARCH__
   for (int i = 0; i < 3; ++i) asm("sqrt.approx.f32 %0, %0;" : "+f"(n));
   return n;
 #else
-  return std::sqrt(std::sqrt(std::sqrt(n)));
+  return square_root(square_root(square_root(n)));
 #endif
 }
 
 // Code of n in [0, 1], up with the probability that keeps the mean; `random` has 16 bits.
-HD uint8_t to_root(float n, uint32_t random) {
-  const float root = eighth_root(n) * 255.0f;
-  int32_t lower = int32_t(root < 254.0f ? root : 254.0f);  // not negative, so this is floor
-  lower -= eighth(lower) > n ? 1 : 0;                      // near a code the root may be one off
-  lower += eighth(lower + 1) <= n && lower < 254 ? 1 : 0;
-  const float below = eighth(lower), gap = eighth(lower + 1) - below;
-  const float chance = (float(int32_t(random)) + 0.5f) * 0x1p-16f;
-  const int32_t code = lower + (chance * gap < n - below ? 1 : 0);
-  return uint8_t(code < 1 && n > 0 ? 1 : code);
+template <class F>
+HD typename Other<F>::Type to_root(F n, typename Other<F>::Type random) {
+  const F root = eighth_root(n) * 255.0f + 0.25f;
+  const F near = rounded(root < 255.0f ? root : 255.0f);  // the code at or below n, or the next one
+  const F value = eighth(near), other = value > n ? near - 1.0f : near + 1.0f, another = eighth(other);
+  const F lower = near < other ? near : other, below = near < other ? value : another;
+  const F gap = (near < other ? another : value) - below;
+  const F chance = (float_of_integer(random) + 0.5f) * 0x1p-16f;
+  const F code = chance * gap < n - below ? lower + 1.0f : lower, least = n > 0.0f ? F{} + 1.0f : F{};
+  const F kept = code > least ? code : least;
+  return integer_of(kept < 255.0f ? kept : 255.0f);
 }
 
-HD float from_root(uint8_t code) { return eighth(code); }
+template <class U>
+HD typename Other<U>::Type from_root(U code) {
+  return eighth(float_of_integer(code));
+}
 
 // --- exact sums ----------------------------------------------------------------------------------
 

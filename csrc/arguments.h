@@ -118,7 +118,7 @@ inline Plan step_plan(const Tensors& weights, const Tensors& remainders, const T
   STD_TORCH_CHECK(average_every > 0, "adamw: ema_every must be positive, got ", average_every);
   Plan plan = plan_of(gradients, lists, starts);
   const int64_t count = int64_t(gradients.size());
-  check_vector(scalars, gradients[0], fp32, 8 * count, "scalars");
+  check_vector(scalars, gradients[0], fp32, 7 * count, "scalars");
   check_vector(steps, gradients[0], ScalarType::Long, count, "steps");
   check_vector(coefficient, gradients[0], fp32, 1, "coefficient");
   check_vector(finite, gradients[0], ScalarType::Bool, 1, "finite");

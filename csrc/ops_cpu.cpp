@@ -39,7 +39,7 @@ Tensor adamw_step(Tensors weights, Tensors remainders, Tensors first, Tensors fi
                   steps.const_data_ptr<int64_t>(),
                   *coefficient.const_data_ptr<float>(),
                   *finite.const_data_ptr<bool>(),
-                  uint64_t(seed),
+                  keys_of(uint64_t(seed)),
                   float(1 - ema_decay),
                   ema_every};
   return add_up(plan, gradients[0], kTelemetry,
@@ -54,7 +54,7 @@ Tensor sums_of_squares(Tensors gradients) {
 
 Tensor adamw_scalars(Tensor steps, Tensor lr, double beta1, double beta2, double eps, double weight_decay) {
   check_scalars(steps, lr);
-  Tensor result = torch::stable::new_empty(steps, {steps.numel(), 8}, ScalarType::Float);
+  Tensor result = torch::stable::new_empty(steps, {steps.numel(), 7}, ScalarType::Float);
   Scalars* out = static_cast<Scalars*>(result.mutable_data_ptr());
   const int64_t* number = steps.const_data_ptr<int64_t>();
   const double rate = *lr.const_data_ptr<double>();

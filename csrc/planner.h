@@ -68,51 +68,54 @@ struct Plan {
   }
 };
 
-// A launch's items by value in its arguments (32764 bytes at most), so that a captured graph keeps them. Per item: its
-// start; columns and first unit; rows, gradient type and index; then the pointers that the mode has.
+// A launch's items by value in its arguments (32764 bytes at most, a step's numbers included), so that a captured graph
+// keeps them. Per item: columns and first unit; rows, gradient type, alignment and index; then the start and the
+// pointers that the launch needs.
 struct Table {
-  static constexpr int kWords = 4072, kHeader = 3;
+  static constexpr int kWords = 4048, kHeader = 2;
   int32_t items = 0, stride = 0, units = 0;
-  bool aligned = false;          // all items, or none
-  int8_t position[kSlots] = {};  // of each pointer in an entry, or 0
+  int8_t start = 0, position[kSlots] = {};  // of the start and of each pointer in an entry, or 0
   uint64_t words[kWords];
 };
 
 HD const uint64_t* entry(const Table& table, int item) { return table.words + item * table.stride; }
-HD int32_t entry_columns(const uint64_t* words) { return int32_t(words[1]); }
-HD int32_t entry_first_unit(const uint64_t* words) { return int32_t(words[1] >> 32); }
-HD int32_t entry_rows(const uint64_t* words) { return int32_t(words[2]); }
-HD Gradient entry_gradient(const uint64_t* words) { return Gradient(words[2] >> 32 & 3); }
-HD int32_t entry_index(const uint64_t* words) { return int32_t(words[2] >> 34); }
+HD int64_t entry_start(const Table& table, const uint64_t* words) {
+  return table.start ? int64_t(words[table.start]) : 0;
+}
+HD int32_t entry_columns(const uint64_t* words) { return int32_t(words[0]); }
+HD int32_t entry_first_unit(const uint64_t* words) { return int32_t(words[0] >> 32); }
+HD int32_t entry_rows(const uint64_t* words) { return int32_t(words[1]); }
+HD Gradient entry_gradient(const uint64_t* words) { return Gradient(words[1] >> 32 & 3); }
+HD bool entry_aligned(const uint64_t* words) { return words[1] >> 34 & 1; }
+HD int32_t entry_index(const uint64_t* words) { return int32_t(words[1] >> 35); }
 
-// Whether four elements, one Philox counter, can be accessed at once.
+// Whether four elements, which are a quarter of a Philox counter's, can be accessed at once.
 inline bool aligned(const Item& item) {
   bool found = item.shard.columns % 4 == 0 && item.shard.start % 4 == 0;
   for (const void* pointer : item.pointer) found = found && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
   return found;
 }
 
-// Fills `table` with items from `first` on, as many as fit and are aligned alike; returns the place of the first one left
-// over.
-inline size_t pack(const std::vector<Item>& items, size_t first, Table& table) {
+// Fills `table` with items from `first` on, as many as fit and, unless `mixed`, are aligned alike; returns the place of
+// the first one left over. Starts are for what draws random bits: steps.
+inline size_t pack(const std::vector<Item>& items, size_t first, bool mixed, Table& table) {
   int stride = Table::kHeader;
-  for (int slot = 0; slot < kSlots; ++slot) {
+  table.start = items[first].pointer[kWeight] ? int8_t(stride++) : int8_t(0);
+  for (int slot = 0; slot < kSlots; ++slot)
     table.position[slot] = items[first].pointer[slot] ? int8_t(stride++) : int8_t(0);
-  }
   table.stride = stride;
   table.items = table.units = 0;
-  table.aligned = aligned(items[first]);
   size_t next = first;
   for (; next < items.size() && (table.items + 1) * stride <= Table::kWords; ++next, ++table.items) {
     const Item& item = items[next];
     const int64_t limit = int64_t(1) << 31, units = table.units + count_units(item.shard);
     if (item.shard.rows >= limit || item.shard.columns >= limit) throw std::length_error("adamw: a matrix too large");
-    if (units >= limit || aligned(item) != table.aligned) break;
+    if (units >= limit || (!mixed && aligned(item) != aligned(items[first]))) break;
     uint64_t* words = table.words + table.items * stride;
-    const uint64_t flags = uint64_t(item.gradient) | uint64_t(item.index) << 2;
-    words[0] = uint64_t(item.shard.start);
-    words[1] = uint64_t(item.shard.columns) | uint64_t(table.units) << 32;
-    words[2] = uint64_t(item.shard.rows) | flags << 32;
+    const uint64_t flags = uint64_t(item.gradient) | uint64_t(aligned(item)) << 2 | uint64_t(item.index) << 3;
+    words[0] = uint64_t(item.shard.columns) | uint64_t(table.units) << 32;
+    words[1] = uint64_t(item.shard.rows) | flags << 32;
+    if (table.start) words[table.start] = uint64_t(item.shard.start);
     for (int slot = 0; slot < kSlots; ++slot)
       if (table.position[slot]) words[table.position[slot]] = reinterpret_cast<uintptr_t>(item.pointer[slot]);
     table.units = int32_t(units);

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from srpo.models import Precision
 from srpo.objective import SRPOConfig
 from srpo_kernels.optim import AdamW
+from srpo_kernels.optim.streaming import DEVICE_BYTES
 
 __all__ = ["OptimizerConfig", "load_optimizer", "take_step"]
 
@@ -24,7 +25,7 @@ _MOMENTS = {"fp32": 8.0, "M4": 4.0, "M3": 3.1, "M2": 2.1}
 class OptimizerConfig:
     """AdamW: srpo_kernels' own, or torch's to compare with. Its numbers are the objective's.
 
-    "auto" stores fp32 weights and moments for precision fp32, and split32 with M4 for bf16.
+    "auto" stores fp32 weights and moments for precision fp32, and split32 with M4 otherwise.
     """
 
     name: Literal["srpo", "torch"] = "srpo"
@@ -32,14 +33,18 @@ class OptimizerConfig:
     moments: Literal["auto", "fp32", "M4", "M3", "M2"] = "auto"
     # What gradients are summed in over the batches of an update; auto: fp32 when there are several.
     gradients: Literal["auto", "fp32", "bf16"] = "auto"
+    # states: moments and remainders stay in host memory, through which a step takes about a second for 12 B parameters.
+    offload: Literal["none", "states"] = "none"
 
     def __post_init__(self) -> None:
         if self.name == "torch" and not {self.weights, self.moments} <= {"auto", "fp32"}:
             raise ValueError("optimizer.weights and optimizer.moments must be auto or fp32 with optimizer.name torch")
+        if self.name == "torch" and self.offload != "none":
+            raise ValueError(f"optimizer.offload {self.offload} needs optimizer.name srpo")
 
     def modes(self, precision: Precision) -> tuple[str, str]:
         """How weights and moments are stored."""
-        low = precision == "bf16" and self.name == "srpo"
+        low = precision != "fp32" and self.name == "srpo"
         weights = ("split32" if low else "fp32") if self.weights == "auto" else self.weights
         return weights, ("M4" if low else "fp32") if self.moments == "auto" else self.moments
 
@@ -48,10 +53,12 @@ class OptimizerConfig:
         return "fp32" if self.modes(precision)[0] == "fp32" else "bf16"
 
     def reserved_bytes(self, parameters: Sequence[Tensor], precision: Precision) -> int:
-        """Bytes of gradients and optimizer state for `parameters`."""
+        """Bytes on the device of gradients and optimizer state for `parameters`."""
         weights, moments = self.modes(precision)
         gradient = 2 if self.gradients == "bf16" and weights != "fp32" else 4
         count = sum(parameter.numel() for parameter in parameters)
+        if self.offload == "states":
+            return count * gradient + DEVICE_BYTES
         return int(count * (gradient + _REMAINDER[weights] + _MOMENTS[moments]))
 
 
@@ -78,7 +85,13 @@ def load_optimizer(
             parameter.grad_dtype = torch.float32
     weights, moments = config.modes(precision)
     return AdamW(
-        parameters, **numbers, weights=weights, moments=moments, max_grad_norm=objective.max_grad_norm, seed=seed
+        parameters,
+        **numbers,
+        weights=weights,
+        moments=moments,
+        max_grad_norm=objective.max_grad_norm,
+        seed=seed,
+        offload=config.offload,
     )
 
 

@@ -48,7 +48,7 @@ def _load(device: str) -> str:
 # where a mode stores nothing; `srpo_kernels.optim.reference` says what all of it means. What is one number, and whether
 # gradients are finite, is read where it is: nothing waits for the device.
 
-# One step of parameters that are stored alike. `scalars` [n, 8] is what adamw_scalars returns, `steps` int64 [n] counts
+# One step of parameters that are stored alike. `scalars` [n, 7] is what adamw_scalars returns, `steps` int64 [n] counts
 # the coming step, `coefficient` fp32 and `finite` bool have one element, `starts` are the places of the first elements.
 # Returns int64 [65], to be summed: 32 bins of the updates, 32 of the stored weights, and how many bf16 weights changed.
 _STEP = (
@@ -59,7 +59,7 @@ _STEP = (
 )
 # int64 [34]: 32 bins, the chunks whose sum is not finite, the elements that are not finite.
 _SQUARES = "(Tensor[] gradients) -> Tensor"
-# fp32 [n, 8]: `reference.Scalars` for every step number; lr is a double on the same device.
+# fp32 [n, 7]: `reference.Scalars` for every step number; lr is a double on the same device.
 _SCALARS = "(Tensor steps, Tensor lr, float beta1, float beta2, float eps, float weight_decay) -> Tensor"
 
 
@@ -72,7 +72,7 @@ def _squares_fake(gradients: list[Tensor]) -> Tensor:
 
 
 def _scalars_fake(steps: Tensor, *_: object) -> Tensor:
-    return steps.new_empty(steps.numel(), 8, dtype=torch.float32)
+    return steps.new_empty(steps.numel(), 7, dtype=torch.float32)
 
 
 for _name, _schema, _fake in (

@@ -1,4 +1,7 @@
-"""Shared fixtures: a FLUX.1-dev-shaped pipeline with random weights, saved to disk."""
+"""Shared fixtures: a FLUX.1-dev-shaped pipeline with random weights, saved to disk.
+
+Tests marked slow run only with ``SRPO_SLOW=1`` in the environment.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network fails
 
 import pytest
 import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes minutes")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not os.environ.get("SRPO_SLOW"):
+        items[:] = [item for item in items if item.get_closest_marker("slow") is None]
 
 
 @pytest.fixture(scope="session", autouse=True)

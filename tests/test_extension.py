@@ -138,6 +138,13 @@ def contents(made: SimpleNamespace) -> dict[str, Tensor]:
     return {name: bits(value) for name, value in found.items() if value.ndim}
 
 
+def assert_telemetry(found: Tensor, expected: Tensor) -> None:
+    """Sums that add the squares of a chunk in another order: 1023 additions in fp32 are off by at most 1024 ulp / 2."""
+    assert found[-1] == expected[-1]
+    sums = [reference.total(telemetry[: 2 * BINS].view(2, BINS)) for telemetry in (found, expected)]
+    assert torch.allclose(*sums, rtol=2**-14, atol=0)
+
+
 NUMBERS = {"lr": 3e-4, "coefficient": torch.tensor(0.37)}
 
 
@@ -150,7 +157,7 @@ NUMBERS = {"lr": 3e-4, "coefficient": torch.tensor(0.37)}
 def test_the_step_is_the_specified_one(weights, moments):
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
     made = [make(shape, weights, moments, dtypes[i % 3], 11 + i) for i, shape in enumerate(SHAPES)]
-    starts = [4 * 2**30 + 40_000 * i for i in range(len(SHAPES))]
+    starts = [16 * (2**32 + 2500 * i) - 16 for i in range(len(SHAPES))]  # counters beyond 32 bits
     mine = [clone(parameter) for parameter in made]
     for every in (1, 2):  # two steps, the second from what the first one stored
         telemetry = [specified(p, weights, moments, s, NUMBERS, every) for p, s in zip(made, starts, strict=True)]
@@ -158,7 +165,7 @@ def test_the_step_is_the_specified_one(weights, moments):
         for shape, expected, got in zip(SHAPES, made, mine, strict=True):
             for name, value in contents(expected).items():
                 assert torch.equal(contents(got)[name], value), f"{name} of {shape}"
-        assert torch.equal(found, torch.cat([sum(part) for part in zip(*telemetry, strict=True)]))
+        assert_telemetry(found, torch.cat([sum(part) for part in zip(*telemetry, strict=True)]))
         for parameter in (*made, *mine):
             parameter.step = parameter.step + 1
 
@@ -167,7 +174,7 @@ def test_the_step_is_the_specified_one(weights, moments):
 @pytest.mark.parametrize(("weights", "moments"), [("split24", "M2"), ("bf16_sr", "M4"), ("split32", "M3")])
 @pytest.mark.parametrize("parts", [2, 4])
 def test_neither_shards_nor_threads_change_a_bit(weights, moments, parts):
-    shapes, starts = [(65, 257), (7, 2049), (1030, 3)], [0, 16_708, 40_000]
+    shapes, starts = [(65, 257), (7, 2049), (1030, 3)], [0, 16_720, 40_000]
     made = [make(shape, weights, moments, torch.bfloat16, 3 + i) for i, shape in enumerate(shapes)]
     whole = [clone(parameter) for parameter in made]
     threads = torch.get_num_threads()
@@ -205,7 +212,7 @@ def test_a_step_that_is_not_finite_changes_no_byte():
         assert all(torch.equal(value, before[name]) for name, value in contents(made).items())
         stored = of(made, weights, "M2", 0, made.state).weight()
         none = torch.zeros(BINS, dtype=torch.int64)
-        assert torch.equal(sums, torch.cat([none, reference.sums_of_squares(stored)[0], none[:1]]))
+        assert_telemetry(sums, torch.cat([none, reference.sums_of_squares(stored)[0], none[:1]]))
 
 
 @built
@@ -317,13 +324,12 @@ def test_the_status_says_what_is_missing():
 
 
 @compiler
-@pytest.mark.parametrize("program", ["planner", "split"])
-def test_cpp_programs(program, tmp_path):
-    """The planner, and all 2^32 patterns through the split weights."""
+@pytest.mark.parametrize(("program", "level"), [("planner", "-O3"), ("split", "-O3"), ("sets", "-O1")])
+def test_cpp_programs(program, level, tmp_path):
+    """The planner, all 2^32 patterns through the split weights, and that instruction sets agree."""
     source, binary = CSRC / "tests" / f"{program}.cpp", tmp_path / program
-    subprocess.run(
-        ["g++", "-std=c++17", "-O3", "-Wall", "-Wextra", "-Werror", *EXACT, source, "-o", binary], check=True
-    )
+    flags = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+    subprocess.run(["g++", "-std=c++17", level, *flags, *EXACT, source, "-o", binary], check=True)
     run = subprocess.run([binary], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout
 

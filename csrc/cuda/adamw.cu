@@ -1,7 +1,7 @@
 // A warp takes a unit of 1024 slots in eight passes of four slots a lane, so a pass is one block of 128, and chunks are
 // sums over passes: nothing waits for another warp. Where alignment allows, a lane's four elements are one access (16
-// bytes of fp32, 8 of bf16) and one Philox counter; otherwise (`kVector` false) the same runs on single elements. Eight
-// elements a lane need over 128 registers.
+// bytes of fp32, 8 of bf16) and a quarter of a Philox counter's bits, which four lanes draw alike; otherwise (`kVector`
+// false) the same runs on single elements.
 #include "adamw.cuh"
 
 #include <type_traits>
@@ -68,7 +68,7 @@ __device__ void load_bf16(const Lane<kVector>& lane, const void* from, float (&o
   alignas(16) uint16_t half[kLane];
   lane.load(static_cast<const uint16_t*>(from), half);
 #pragma unroll
-  for (int j = 0; j < kLane; ++j) out[j] = from_bf16(half[j]);
+  for (int j = 0; j < kLane; ++j) out[j] = float_of(uint32_t(half[j]) << 16);
 }
 
 template <bool kVector>
@@ -89,7 +89,7 @@ __device__ void load_gradient(const Lane<kVector>& lane, const void* from, Gradi
     alignas(16) uint16_t half[kLane];
     lane.load(static_cast<const uint16_t*>(from), half);
 #pragma unroll
-    for (int j = 0; j < kLane; ++j) out[j] = from_fp16(half[j]);
+    for (int j = 0; j < kLane; ++j) out[j] = from_fp16(uint32_t(half[j]) << 16);
   }
 }
 
@@ -135,6 +135,24 @@ struct Squares {
   }
 };
 
+// The same in any order: a row's squares are added in lanes first.
+struct AnySquares {
+  Squares tree;
+  float held;
+
+  template <bool kVector>
+  __device__ void add(const float (&x)[kLane], int pass, int log2, unsigned long long* bins) {
+    if (log2 < 7) return tree.add<kVector>(x, pass, log2, bins);
+    float sum = (x[0] * x[0] + x[1] * x[1]) + (x[2] * x[2] + x[3] * x[3]);
+    const int place = pass & ((1 << (log2 - 7)) - 1);
+    held = place ? held + sum : sum;
+    if (place + 1 < 1 << (log2 - 7)) return;
+    sum = held;
+    for (int distance = 16; distance > 0; distance /= 2) sum = sum + __shfl_xor_sync(kAll, sum, distance);
+    if (threadIdx.x % 32 == 0) add_term(sum, bins);
+  }
+};
+
 // The units of a warp: calls `use(words, shard, unit)` for one unit after the other.
 template <class Use>
 __device__ void each_unit(const Table& table, const Use& use) {
@@ -143,7 +161,7 @@ __device__ void each_unit(const Table& table, const Use& use) {
   for (uint32_t unit = blockIdx.x * kWarps + threadIdx.x / 32; unit < uint32_t(table.units); unit += stride) {
     while (item + 1 < table.items && entry_first_unit(entry(table, item + 1)) <= int32_t(unit)) ++item;
     const uint64_t* words = entry(table, item);
-    const Shard shard{entry_rows(words), entry_columns(words), int64_t(words[0])};
+    const Shard shard{entry_rows(words), entry_columns(words), entry_start(table, words)};
     use(words, shard, unit_at(shard, unit - uint32_t(entry_first_unit(words))));
   }
 }
@@ -215,20 +233,43 @@ struct Blocks {
   }
 };
 
+struct Wide {
+  __device__ uint64_t operator()(uint64_t x, uint32_t y) const { return uint64_t(uint32_t(x)) * y; }
+};
+
+__device__ Drawn<uint64_t> draw_counter(uint64_t element, uint32_t step, uint32_t stream, const Keys& keys) {
+  const uint64_t counter = element / kDrawn;
+  return philox(counter, counter >> 32, step, stream, keys, Wide{});
+}
+
+// The 16 bits of a lane's elements.
 template <bool kVector>
-__device__ void draw(const Lane<kVector>& lane, int64_t start, uint32_t step, uint64_t seed, uint32_t (&out)[kLane]) {
+__device__ void draw(const Lane<kVector>& lane, int64_t start, uint32_t step, uint32_t stream, const Keys& keys,
+                     uint32_t (&out)[kLane]) {
   if constexpr (kVector) {
-    const uint64_t block = uint64_t(start + lane.index(0)) / 4;
-    const Words words = random_words(uint32_t(block), uint32_t(block >> 32), step, seed);
-#pragma unroll
-    for (int j = 0; j < kLane; ++j) out[j] = words.lane[j];
+    const uint64_t element = uint64_t(start + lane.index(0));
+    const Drawn<uint64_t> drawn = draw_counter(element, step, stream, keys);
+    const uint32_t w0 = uint32_t(drawn.word[0]), w1 = uint32_t(drawn.word[1]), w2 = uint32_t(drawn.word[2]),
+                   w3 = uint32_t(drawn.word[3]);
+    const bool second = element & 4, rotated = element & 8;
+    const uint32_t a = second ? w2 : w0, b = second ? w3 : w1, c = second ? w0 : w2;
+    const uint32_t low = rotated ? __funnelshift_r(a, b, 8) : a, high = rotated ? __funnelshift_r(b, c, 8) : b;
+    out[0] = low & 0xFFFF;
+    out[1] = low >> 16;
+    out[2] = high & 0xFFFF;
+    out[3] = high >> 16;
   } else {
 #pragma unroll
     for (int j = 0; j < kLane; ++j) {
-      const uint64_t element = uint64_t(start + lane.index(j)), block = element / 4;
-      const Words words = random_words(uint32_t(block), uint32_t(block >> 32), step, seed);
-      const uint32_t low = element & 1 ? words.lane[1] : words.lane[0], high = element & 1 ? words.lane[3] : words.lane[2];
-      out[j] = element & 2 ? high : low;
+      const uint64_t element = uint64_t(start + lane.index(j));
+      const Drawn<uint64_t> drawn = draw_counter(element, step, stream, keys);
+      const bool odd = element & 2, upper = element & 4;
+      const uint32_t w0 = uint32_t(upper ? drawn.word[2] : drawn.word[0]);
+      const uint32_t w1 = uint32_t(upper ? drawn.word[3] : drawn.word[1]);
+      const uint32_t w2 = uint32_t(upper ? drawn.word[0] : drawn.word[2]);
+      const uint32_t word = odd ? w1 : w0, next = odd ? w2 : w1;
+      const uint32_t found = element & 8 ? __funnelshift_r(word, next, 8) : word;
+      out[j] = element & 1 ? found >> 16 : found & 0xFFFF;
     }
   }
 }
@@ -246,15 +287,15 @@ __device__ void load_weight(const Lane<kVector>& lane, const Table& table, const
       alignas(16) int16_t rest[kLane];
       lane.load(static_cast<const int16_t*>(remainder), rest);
 #pragma unroll
-      for (int j = 0; j < kLane; ++j) out[j] = float_of(join16(half[j], rest[j]));
+      for (int j = 0; j < kLane; ++j) out[j] = float_of((uint32_t(half[j]) << 16) + uint32_t(int32_t(rest[j])));
     } else if constexpr (kWeights == Weights::kSplit24) {
       alignas(16) int8_t rest[kLane];
       lane.load(static_cast<const int8_t*>(remainder), rest);
 #pragma unroll
-      for (int j = 0; j < kLane; ++j) out[j] = float_of(join24(half[j], rest[j]));
+      for (int j = 0; j < kLane; ++j) out[j] = float_of((uint32_t(half[j]) << 16) + (uint32_t(int32_t(rest[j])) << 8));
     } else {
 #pragma unroll
-      for (int j = 0; j < kLane; ++j) out[j] = from_bf16(half[j]);
+      for (int j = 0; j < kLane; ++j) out[j] = float_of(uint32_t(half[j]) << 16);
     }
   }
 }
@@ -277,20 +318,20 @@ __device__ int store_weight(const Lane<kVector>& lane, const Table& table, const
 #pragma unroll
     for (int j = 0; j < kLane; ++j) {
       if constexpr (kWeights != Weights::kSplit32)
-        weight[j] = float_of(round_down_bits(bits_of(weight[j]), random[j], kDropped));
-      half[j] = upper16(bits_of(weight[j]));
+        weight[j] = float_of(round_down_bits(weight[j], random[j], kDropped));
+      half[j] = uint16_t(upper_half(bits_of(weight[j])) >> 16);
       changed += half[j] != before[j] && lane.valid(j);
     }
     lane.store(static_cast<uint16_t*>(to), half);
     if constexpr (kWeights == Weights::kSplit32) {
       alignas(16) int16_t rest[kLane];
 #pragma unroll
-      for (int j = 0; j < kLane; ++j) rest[j] = remainder16(bits_of(weight[j]));
+      for (int j = 0; j < kLane; ++j) rest[j] = int16_t(bits_of(weight[j]));
       lane.store(static_cast<int16_t*>(remainder), rest);
     } else if constexpr (kWeights == Weights::kSplit24) {
       alignas(16) int8_t rest[kLane];
 #pragma unroll
-      for (int j = 0; j < kLane; ++j) rest[j] = remainder24(bits_of(weight[j]));
+      for (int j = 0; j < kLane; ++j) rest[j] = int8_t(bits_of(weight[j]) >> 8);
       lane.store(static_cast<int8_t*>(remainder), rest);
     }
   }
@@ -301,8 +342,8 @@ template <Weights kWeights, Moments kMoments, bool kVector>
 __device__ int step_unit(const Table& table, const Step& step, const uint64_t* words, const Shard& shard,
                          const Unit& unit, bool finite, unsigned long long* bins) {
   constexpr bool kCodes = kMoments == Moments::kM3 || kMoments == Moments::kM2, kRoots = kMoments == Moments::kM2;
-  constexpr bool kRandom = kMoments != Moments::kFp32 || kWeights == Weights::kSplit24 || kWeights == Weights::kBf16Sr;
-  Squares updates, weights;
+  constexpr bool kRounded = kWeights == Weights::kSplit24 || kWeights == Weights::kBf16Sr;
+  AnySquares updates, weights;
   int changed = 0;
   const int64_t number = step.steps[entry_index(words)];
   const Scalars scalars = step.scalars[entry_index(words)];
@@ -315,11 +356,11 @@ __device__ int step_unit(const Table& table, const Step& step, const uint64_t* w
   for (int pass = 0; pass < passes_of(shard, unit); ++pass) {
     const Lane<kVector> lane = lane_of<kVector>(shard, unit, pass);
     const Blocks<kVector> blocks{lane, unit.row * across + unit.column / kBlock, across};
-    float weight[kLane], update[kLane];
+    float weight[kLane], first[kLane], second[kLane];
     alignas(16) uint16_t before[kLane];
     load_weight<kWeights>(lane, table, words, weight, before);
     if (finite) {
-      float gradient[kLane], first[kLane], second[kLane];
+      float gradient[kLane], update[kLane];
       load_gradient(lane, pointer(kGradient), entry_gradient(words), gradient);
       if constexpr (kMoments == Moments::kFp32) {
         load_fp32(lane, pointer(kFirst), first);
@@ -332,18 +373,18 @@ __device__ int step_unit(const Table& table, const Step& step, const uint64_t* w
         lane.load(static_cast<const uint8_t*>(pointer(kFirst)), codes);
         if constexpr (!kRoots) load_bf16(lane, pointer(kSecond), second);
 #pragma unroll
-        for (int j = 0; j < kLane; ++j) first[j] = from_e4m3(codes[j]);
+        for (int j = 0; j < kLane; ++j) first[j] = from_e4m3(uint32_t(codes[j]));
         blocks.multiply(static_cast<const float*>(pointer(kFirstScale)), first);
         if constexpr (kRoots) {
           lane.load(static_cast<const uint8_t*>(pointer(kSecond)), codes);
 #pragma unroll
-          for (int j = 0; j < kLane; ++j) second[j] = from_root(codes[j]);
+          for (int j = 0; j < kLane; ++j) second[j] = from_root(uint32_t(codes[j]));
           blocks.multiply(static_cast<const float*>(pointer(kSecondScale)), second);
         }
       }
 #pragma unroll
       for (int j = 0; j < kLane; ++j) {
-        const Advanced next = advance(gradient[j], coefficient, weight[j], first[j], second[j], scalars);
+        const Advanced<float> next = advance(gradient[j], coefficient, weight[j], first[j], second[j], scalars);
         const bool valid = lane.valid(kVector ? 0 : j);  // the rest must add nothing, also where eps is 0
         weight[j] = valid ? next.weight : 0.0f;
         first[j] = next.first;
@@ -360,8 +401,14 @@ __device__ int step_unit(const Table& table, const Step& step, const uint64_t* w
       }
 
       uint32_t random[kLane];
-      if constexpr (kRandom) draw(lane, shard.start, uint32_t(number), step.seed, random);
+      if constexpr (kRounded) draw(lane, shard.start, uint32_t(number), kWeightStream, step.keys, random);
       changed += store_weight<kWeights>(lane, table, words, weight, before, random);
+    }
+    weights.add<kVector>(weight, pass, lane.log2, bins + kBins + 1);
+    if (finite) {
+      uint32_t random[kLane];
+      if constexpr (kMoments != Moments::kFp32)
+        draw(lane, shard.start, uint32_t(number), kSecondStream, step.keys, random);
       if constexpr (kMoments == Moments::kFp32) {
         alignas(16) float values[kLane];
 #pragma unroll
@@ -374,14 +421,14 @@ __device__ int step_unit(const Table& table, const Step& step, const uint64_t* w
       if constexpr (kMoments == Moments::kM4) {
         alignas(16) uint16_t half[kLane];
 #pragma unroll
-        for (int j = 0; j < kLane; ++j) half[j] = nearest16(bits_of(first[j]));
+        for (int j = 0; j < kLane; ++j) half[j] = uint16_t(nearest_half(first[j]) >> 16);
         lane.store(static_cast<uint16_t*>(pointer(kFirst)), half);
       }
       if constexpr (kMoments == Moments::kM4 || kMoments == Moments::kM3) {
         alignas(16) uint16_t half[kLane];
 #pragma unroll
         for (int j = 0; j < kLane; ++j)
-          half[j] = uint16_t(round_down_bits(bits_of(second[j]), random[j] >> 16, 16) >> 16);
+          half[j] = uint16_t(round_down_bits(second[j], random[j], 16) >> 16);
         lane.store(static_cast<uint16_t*>(pointer(kSecond)), half);
       }
       if constexpr (kCodes) {
@@ -389,20 +436,19 @@ __device__ int step_unit(const Table& table, const Step& step, const uint64_t* w
         uint32_t field[kLane];
         blocks.fields(first, field);
 #pragma unroll
-        for (int j = 0; j < kLane; ++j) codes[j] = to_e4m3(first[j] * power_of_field(254 + 8 - field[j]));
+        for (int j = 0; j < kLane; ++j) codes[j] = uint8_t(to_e4m3(first[j] * power_of_field(254 + 8 - field[j])));
         lane.store(static_cast<uint8_t*>(pointer(kFirst)), codes);
         blocks.store(field, 8, static_cast<float*>(pointer(kFirstScale)));
         if constexpr (kRoots) {
           blocks.fields(second, field);
 #pragma unroll
           for (int j = 0; j < kLane; ++j)
-            codes[j] = to_root(second[j] * power_of_field(254 - field[j]), random[j] >> 16);
+            codes[j] = uint8_t(to_root(second[j] * power_of_field(254 - field[j]), random[j]));
           lane.store(static_cast<uint8_t*>(pointer(kSecond)), codes);
           blocks.store(field, 0, static_cast<float*>(pointer(kSecondScale)));
         }
       }
     }
-    weights.add<kVector>(weight, pass, lane.log2, bins + kBins + 1);
   }
   return changed;
 }
@@ -446,7 +492,6 @@ __device__ int square_unit(const Table& table, const uint64_t* words, const Shar
   return lost;
 }
 
-template <bool kVector>
 __global__ void __launch_bounds__(kThreads, kSquareBlocks)
     square_kernel(const __grid_constant__ Table table, unsigned long long* sums) {
   __shared__ unsigned long long bins[kNormSums];
@@ -454,7 +499,8 @@ __global__ void __launch_bounds__(kThreads, kSquareBlocks)
   __syncthreads();
   int lost = 0;
   each_unit(table, [&](const uint64_t* words, const Shard& shard, const Unit& unit) {
-    lost += square_unit<kVector>(table, words, shard, unit, bins);
+    lost += entry_aligned(words) ? square_unit<true>(table, words, shard, unit, bins)
+                                 : square_unit<false>(table, words, shard, unit, bins);
   });
   lost = __reduce_add_sync(kAll, lost);
   if (threadIdx.x % 32 == 0 && lost) atomicAdd(bins + kBins + 1, (unsigned long long)lost);
@@ -474,7 +520,7 @@ template <Weights kWeights, Moments kMoments>
 void launch_both(const Table& table, const Step& step, unsigned long long* sums, int multiprocessors,
                  cudaStream_t stream) {
   const int blocks = blocks_for(table, multiprocessors * kBlocks);
-  if (table.aligned)
+  if (entry_aligned(table.words))
     step_kernel<kWeights, kMoments, true><<<blocks, kThreads, 0, stream>>>(table, step, sums);
   else
     step_kernel<kWeights, kMoments, false><<<blocks, kThreads, 0, stream>>>(table, step, sums);
@@ -511,10 +557,7 @@ void launch_step(const Table& table, const Step& step, Weights weights, Moments 
 void launch_squares(const Table& table, uint64_t* sums, int multiprocessors, cudaStream_t stream) {
   const int blocks = blocks_for(table, multiprocessors * kSquareBlocks);
   auto* to = reinterpret_cast<unsigned long long*>(sums);
-  if (table.aligned)
-    square_kernel<true><<<blocks, kThreads, 0, stream>>>(table, to);
-  else
-    square_kernel<false><<<blocks, kThreads, 0, stream>>>(table, to);
+  square_kernel<<<blocks, kThreads, 0, stream>>>(table, to);
 }
 
 void launch_scalars(const int64_t* steps, const double* lr, double beta1, double beta2, double eps,

@@ -13,7 +13,7 @@ struct Step {
   const int64_t* steps;
   const float* coefficient;
   const bool* finite;  // otherwise nothing is written
-  uint64_t seed;
+  Keys keys;  // of the seed
   float average_rate;
   int64_t average_every;
 };

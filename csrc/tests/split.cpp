@@ -9,9 +9,9 @@ int main() {
     uint32_t bad = 0, bad_half = 0;
     for (uint32_t lower = 0; lower < 0x10000; ++lower) {
       const uint32_t bits = upper << 16 | lower;
-      const uint16_t half = srpo::upper16(bits);
-      bad += srpo::join16(half, srpo::remainder16(bits)) != bits;
-      bad_half += half != uint16_t(upper + (lower >= 0x8000 ? 1 : 0));
+      const uint32_t half = srpo::upper_half(bits);
+      bad += half + uint32_t(int32_t(int16_t(bits))) != bits;
+      bad_half += half != (upper + (lower >= 0x8000 ? 1 : 0)) << 16;
     }
     lost += bad;
     far += bad_half;
@@ -21,8 +21,9 @@ int main() {
     const uint32_t mixed = top * 0x9E3779B9u, low = mixed >> 24, random = mixed >> 16 & 0xFF, bits = top << 8 | low;
     if ((bits & srpo::kInfinity) == srpo::kInfinity) continue;
     const bool up = low + random > 0xFF && ((bits + 0x100) & srpo::kInfinity) != srpo::kInfinity;
-    const uint32_t rounded = srpo::round_down_bits(bits, random, 8), expected = (top + up) << 8;
-    drifted += rounded != expected || srpo::join24(srpo::upper16(rounded), srpo::remainder24(rounded)) != rounded;
+    const uint32_t rounded = srpo::round_down_bits(srpo::float_of(bits), random, 8), expected = (top + up) << 8;
+    const uint32_t rest = uint32_t(int32_t(int8_t(rounded >> 8))) << 8;
+    drifted += rounded != expected || srpo::upper_half(rounded) + rest != rounded;
   }
   std::printf("patterns not kept: %llu, halves not nearest: %llu, 24 bits wrong: %llu\n", (unsigned long long)lost,
               (unsigned long long)far, (unsigned long long)drifted);

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, overload
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from srpo_kernels.optim import states
+from srpo_kernels.optim.averages import averages_in_place, check_averages
 from srpo_kernels.optim.compiled import advance_alike, takes
+from srpo_kernels.optim.eager import advance
 from srpo_kernels.optim.norm import GradientNorm, gradient_norm
-from srpo_kernels.optim.options import check_gradient, check_group, check_options
-from srpo_kernels.optim.reference import BINS, advance, scalars, sums_of_squares, total
-from srpo_kernels.optim.sharding import add_up, local, matrix, shard_groups
+from srpo_kernels.optim.options import check_group, check_options
+from srpo_kernels.optim.sharding import shard_groups
 from srpo_kernels.optim.storage import Storage
+from srpo_kernels.optim.streaming import streamed, wait_for_copies
+from srpo_kernels.optim.telemetry import Sums, telemetry
+from srpo_kernels.optim.work import Work, every_storage, places, stepped, with_gradients, work_for
+
+if TYPE_CHECKING:
+    from srpo_kernels.optim.in_backward import StepInBackward
 
 __all__ = ["AdamW"]
 
@@ -42,7 +50,7 @@ class AdamW(Optimizer):
     random bits are a function of seed, step and the element's place in the parameter list, and norms are exact sums.
 
     A step for which any gradient is NaN or infinite, or their norm overflows, changes no byte, the step count included.
-    Nothing waits for the device. Parameters without a gradient are left alone, as in torch.
+    Nothing waits for the device (but see `offload`). Parameters without a gradient are left alone, as in torch.
 
     DTensor parameters sharded by rows (FSDP2, also uneven or with a replicating dimension) are stepped on their shards;
     states are DTensors of the same placements. The norm takes one all-reduce of 34 integers and the telemetry another.
@@ -54,7 +62,12 @@ class AdamW(Optimizer):
         weights, moments: see the tables.
         max_grad_norm: clip the norm of all gradients as `torch.nn.utils.clip_grad_norm_` would; `.grad` stays.
         ema_decay: also keep an fp32 exponential moving average of the weights, updated every `ema_every` steps.
-        seed: of the stochastic rounding. Like `max_grad_norm`, not part of the state dict.
+        seed: of the stochastic rounding.
+        offload: what stays in host memory, pinned where there is a GPU, and passes through at most 256 MB of device
+            memory during a step, whose end then waits for the host: ``"none"``, ``"ema"``, or ``"states"``: averages,
+            remainders and moments. The same bits. States of small tensors stay on the device.
+
+    `max_grad_norm`, `seed` and `offload` are not part of the state dict.
 
     Attributes:
         telemetry: tensors on the device without dimensions, of the last step: `grad_norm` (before clipping),
@@ -68,6 +81,8 @@ class AdamW(Optimizer):
     """
 
     telemetry: dict[str, Tensor]
+    _in_backward: StepInBackward | None = None  # who steps instead, if anyone
+    _averaged = False  # whether parameters are the averages
 
     def __init__(
         self,
@@ -83,9 +98,10 @@ class AdamW(Optimizer):
         ema_decay: float | None = None,
         ema_every: int = 1,
         seed: int = 0,
+        offload: str = "none",
     ) -> None:
-        check_options(max_grad_norm, seed)
-        self.max_grad_norm, self.seed, self.telemetry = max_grad_norm, seed, {}
+        check_options(max_grad_norm, seed, offload)
+        self.max_grad_norm, self.seed, self.offload, self.telemetry = max_grad_norm, seed, offload, {}
         super().__init__(
             params,
             dict(
@@ -110,7 +126,7 @@ class AdamW(Optimizer):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("max_grad_norm", "seed", "telemetry")}
+        own = {name: getattr(self, name) for name in ("max_grad_norm", "seed", "offload", "telemetry")}
         return {**super().__getstate__(), **own}
 
     # --- stepping -----------------------------------------------------------------------------
@@ -123,62 +139,59 @@ class AdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step; returns what `closure`, run first with gradients enabled, returned."""
+        """One step; returns what `closure`, run first with gradients enabled, returned.
+
+        With `step_in_backward` most parameters are stepped already: this ends the step.
+        """
+        self._check_exact("step")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = self._with_gradients()
-        if work:
+        if self._in_backward is not None:
+            self._in_backward._end()
+        elif work := work_for(self, with_gradients(self)):
             norm = gradient_norm([gradient for _, group in work for _, gradient in group])
-            coefficient = torch.ones_like(norm.norm, dtype=torch.float32)
-            if self.max_grad_norm is not None:
-                coefficient = norm.coefficient(self.max_grad_norm)
-            sums = []
-            for group, alike in ((group, alike) for group, members in work for alike in _alike(members)):
-                steps = torch.stack([storage.state["step"] for storage, _ in alike]).long() + 1
-                if takes(alike[0][0]):
-                    added = advance_alike(group, alike, steps, norm, coefficient)
-                else:
-                    added = _advance(group, alike, steps, norm, coefficient)
-                sums.append((shard_groups(alike[0][0].parameter), added))
-            self.telemetry = _telemetry(
-                norm, sums, [storage.parameter for _, members in work for storage, _ in members]
-            )
+            self.telemetry = telemetry(norm, self._advance(work, norm, self._coefficient(norm)), stepped(work))
+        if self.offload != "none":
+            wait_for_copies(next(iter(places(self))).device)
         return loss
 
-    def _with_gradients(self) -> list[tuple[dict[str, Any], list[tuple[Storage, Tensor]]]]:
-        """Groups and, of each, the parameters to step with their gradients."""
-        gradients = {}
-        for number, group in enumerate(self.param_groups):
-            for index, parameter in enumerate(group["params"]):
-                if parameter.grad is not None:
-                    gradients[parameter] = check_gradient(parameter, number, index)
-        return [
-            (group, [(storage, gradients[storage.parameter]) for storage in members])
-            for group, members in self._stored(gradients.__contains__)
-            if members
-        ]
+    def _coefficient(self, norm: GradientNorm) -> Tensor:
+        if self.max_grad_norm is None:
+            return torch.ones_like(norm.norm, dtype=torch.float32)
+        return norm.coefficient(self.max_grad_norm)
 
-    def _stored(self, wanted: Callable[[Tensor], bool]) -> Iterator[tuple[dict[str, Any], list[Storage]]]:
-        """The storage of the `wanted` parameters by group."""
-        offset = 0
-        for group in self.param_groups:
-            members = []
-            for parameter in group["params"]:
-                if wanted(parameter):
-                    members.append(Storage.of(parameter, self.state[parameter], group, offset, self.seed))
-                offset += -(-parameter.numel() // 4) * 4  # four elements share a Philox counter
-            yield group, members
+    def _advance(self, work: Work, norm: GradientNorm, coefficient: Tensor) -> list[Sums]:
+        """Step everything in `work`; the telemetry's sums."""
+        sums = []
+        for group, alike in ((group, alike) for group, members in work for alike in _alike(members)):
+            storage, _ = alike[0]
+            steps = torch.stack([storage.state["step"] for storage, _ in alike]).long() + 1
+            step = advance_alike if takes(storage) else advance
+            if storage.hosted:
+                added = streamed(step, group, alike, steps, norm, coefficient)
+            else:
+                added = step(group, alike, steps, norm, coefficient)
+            sums.append((shard_groups(storage.parameter), added))
+        return sums
+
+    def _check_exact(self, what: str) -> None:
+        if self._averaged:
+            raise RuntimeError(f"AdamW: {what} within average_parameters, where the parameters are not the exact ones")
 
     # --- weights ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def master_weights(self) -> list[Tensor]:
-        """fp32 copies of all weights in parameter order, exactly as stored; DTensors where the parameters are."""
+        """fp32 copies of all weights in parameter order, exactly as stored; DTensors where the parameters are.
+
+        With ``offload="states"`` in host memory, but for small tensors.
+        """
+        self._check_exact("master_weights")
         return [
             parameter.detach().to(torch.float32, copy=True) if storage is None else storage.whole(storage.weight())
-            for parameter, storage in self._all()
+            for parameter, storage in every_storage(self)
         ]
 
     @torch.no_grad()
@@ -188,26 +201,32 @@ class AdamW(Optimizer):
         Raises:
             ValueError: a group has no `ema_decay`.
         """
-        for number, group in enumerate(self.param_groups):
-            if group["ema_decay"] is None:
-                raise ValueError(f"AdamW: ema_weights needs ema_decay, which group {number} does not have")
+        check_averages(self, "ema_weights")
         return [
             parameter.detach().to(torch.float32, copy=True) if storage is None else storage.state["ema"].clone()
-            for parameter, storage in self._all()
+            for parameter, storage in every_storage(self)
         ]
 
-    def _all(self) -> Iterator[tuple[Tensor, Storage | None]]:
-        """Every parameter with its storage, None before its first step."""
-        stored = {
-            storage.parameter: storage
-            for _, members in self._stored(lambda parameter: bool(self.state.get(parameter)))
-            for storage in members
-        }
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                yield parameter, stored.get(parameter)
+    def average_parameters(self) -> AbstractContextManager[None]:
+        """A context in which parameters are the averages, rounded to their dtype, for sampling and evaluation.
+
+        The exact weights are back, bit by bit, when it ends, however it ends. Parameters before their first step are
+        unchanged. Takes a copy of the parameters, in host memory where averages are. Under FSDP2, modules that are not
+        resharded after a forward pass must be by `module.reshard()` before and after.
+
+        Raises:
+            ValueError: a group has no `ema_decay`.
+            RuntimeError: within it: a step, a state dict, `master_weights`, or the context again.
+        """
+        self._check_exact("average_parameters")
+        return averages_in_place(self)
 
     # --- state dicts --------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All options and states, as `torch.optim.Optimizer.state_dict`: tensors are the optimizer's own."""
+        self._check_exact("state_dict")
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a `state_dict()`, bit by bit; tensors keep their dtypes, and go into those that exist.
@@ -219,6 +238,7 @@ class AdamW(Optimizer):
             ValueError: the groups, their `weights` or `moments`, or the state's tensors do not fit this optimizer.
                 `load_canonical_state_dict` converts between modes.
         """
+        self._check_exact("load_state_dict")
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
@@ -233,6 +253,7 @@ class AdamW(Optimizer):
             `state` (`step`, `exp_avg`, `exp_avg_sq`), `param_groups`, and what torch ignores: `master_weights` and,
             where averages are kept, `ema_weights`, by parameter index. Parameters not yet stepped are left out.
         """
+        self._check_exact("canonical_state_dict")
         return states.canonical(self)
 
     def load_canonical_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -244,6 +265,7 @@ class AdamW(Optimizer):
         Raises:
             ValueError: the groups or shapes do not fit, or torch's optimizer used `amsgrad` or `maximize`.
         """
+        self._check_exact("load_canonical_state_dict")
         states.load_canonical(self, state_dict)
 
 
@@ -259,65 +281,7 @@ def _alike(members: list[tuple[Storage, Tensor]]) -> list[list[tuple[Storage, Te
             gradient.dtype,
             shard_groups(parameter),
             takes(storage),
+            storage.hosted,
         )
         found.setdefault(key, []).append((storage, gradient))
     return list(found.values())
-
-
-def _advance(
-    group: dict[str, Any],
-    members: list[tuple[Storage, Tensor]],
-    steps: Tensor,
-    norm: GradientNorm,
-    coefficient: Tensor,
-) -> Tensor:
-    """`advance_alike` without the extension."""
-    numbers = scalars(steps, group["lr"], group["betas"], group["eps"], group["weight_decay"])
-    sums = []
-    for (storage, gradient), step, number in zip(members, steps.unbind(), numbers, strict=True):
-        weight, first, second, update = advance(
-            matrix(local(gradient)), coefficient, storage.weight(), storage.first(), storage.second(), number
-        )
-        sums.append(_write(storage, group, step, norm.finite, weight, (first, second), update))
-    return torch.stack(sums).sum(0)
-
-
-def _write(
-    storage: Storage,
-    group: dict[str, Any],
-    step: Tensor,
-    finite: Tensor,
-    weight: Tensor,
-    moments: tuple[Tensor, Tensor],
-    update: Tensor,
-) -> Tensor:
-    """Store the results of step number `step` if it is `finite`; returns the telemetry's sums of this parameter."""
-    parameter = local(storage.parameter)
-    if group["ema_decay"] is not None:
-        average = matrix(local(storage.state["ema"]))
-        moved = average + (weight - average) * torch.full((), 1 - group["ema_decay"], device=average.device)
-        storage.store({"ema": moved}, finite & (step % group["ema_every"] == 0))
-    values = storage.encode(step, weight=weight, moments=moments)
-    changed = torch.zeros((), dtype=torch.int64, device=parameter.device)
-    if parameter.dtype == torch.bfloat16:
-        changed = (values["weight"].view(torch.int16) != matrix(parameter).view(torch.int16)).sum()
-    storage.store(values, finite)
-    storage.state["step"].add_(finite)
-    squares = [sums_of_squares(x)[0] for x in (torch.where(finite, update, 0.0), storage.weight())]
-    return torch.cat([*squares, torch.where(finite, changed, 0)[None]])
-
-
-def _telemetry(
-    norm: GradientNorm, sums: list[tuple[tuple[Any, ...], Tensor]], parameters: list[Tensor]
-) -> dict[str, Tensor]:
-    added = add_up(sums)
-    halves = sum(parameter.numel() for parameter in parameters if parameter.dtype == torch.bfloat16)
-    squares = total(added[: 2 * BINS].view(2, BINS))
-    update, weight = torch.sqrt(squares).float().unbind()
-    return {
-        "grad_norm": norm.norm.float(),
-        "update_norm": update,
-        "weight_norm": weight,
-        "changed": (added[-1] / max(halves, 1)).float(),
-        "nonfinite": norm.nonfinite,
-    }

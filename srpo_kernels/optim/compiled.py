@@ -1,22 +1,49 @@
-"""The step of parameters that are stored alike, in one call of the compiled extension: the bits of `reference`."""
+"""The step of parameters that are stored alike, in one call of the extension or of Triton: the bits of `reference`."""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from srpo_kernels.extension import available
-from srpo_kernels.optim.norm import GradientNorm
+from srpo_kernels import extension
+from srpo_kernels.ops._register import interpreting
 from srpo_kernels.optim.sharding import local, local_rows, matrix
 from srpo_kernels.optim.storage import Storage
 
-__all__ = ["advance_alike", "takes"]
+if TYPE_CHECKING:
+    from srpo_kernels.optim.norm import GradientNorm
+
+__all__ = ["advance_alike", "available", "operators", "takes"]
+
+_HAS_TRITON = find_spec("triton") is not None
+
+
+def available(device: torch.device) -> bool:
+    """Whether `operators` on lists of tensors exist for `device`."""
+    return extension.available(device) or _triton(device)
+
+
+def operators(device: torch.device) -> Any:
+    """What has `adamw_step`, `adamw_scalars` and `sums_of_squares`: the extension or, on GPUs without it, Triton.
+
+    With TRITON_INTERPRET=1 CPU tensors take Triton's, as they do in every operator.
+    """
+    if _triton(device):
+        return importlib.import_module("srpo_kernels._triton.adamw")
+    return torch.ops.srpo
+
+
+def _triton(device: torch.device) -> bool:
+    wanted = interpreting() if device.type == "cpu" else device.type == "cuda" and not extension.available(device)
+    return wanted and _HAS_TRITON
 
 
 def takes(storage: Storage) -> bool:
-    """Whether the extension is there for the device, and the parameter laid out as it wants."""
+    """Whether the operators are there for the device, and the parameter laid out as they want."""
     parameter = local(storage.parameter)
     return available(parameter.device) and parameter.is_contiguous()
 
@@ -37,7 +64,8 @@ def advance_alike(
     rate = group["lr"]
     if not isinstance(rate, Tensor):
         rate = torch.full((), rate, dtype=torch.float64, device=steps.device)  # a fill: no copy from the host
-    scalars = torch.ops.srpo.adamw_scalars(
+    ops = operators(steps.device)
+    scalars = ops.adamw_scalars(
         steps, rate.detach().to(steps.device, torch.float64), *group["betas"], group["eps"], group["weight_decay"]
     )
     weights = [local(storage.parameter).detach() for storage in storages]
@@ -49,7 +77,7 @@ def advance_alike(
         storage.offset + local_rows(storage.parameter)[0] * matrix(weight).shape[1]
         for storage, weight in zip(storages, weights, strict=True)
     ]
-    sums = torch.ops.srpo.adamw_step(
+    sums = ops.adamw_step(
         weights,
         *changing.values(),
         [local(gradient).contiguous() for _, gradient in members],
@@ -64,8 +92,7 @@ def advance_alike(
         storages[0].weights,
         storages[0].moments,
     )
-    for storage in storages:
-        storage.state["step"].add_(norm.finite)
+    torch._foreach_add_([storage.state["step"] for storage in storages], norm.finite.float())
     for changed in [list(map(local, (storage.parameter for storage in storages))), *changing.values()]:
         torch.autograd.graph.increment_version(changed)
     return sums

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srpo_kernels.extension import available
+from srpo_kernels.optim.compiled import available, operators
 from srpo_kernels.optim.reference import BINS, sums_of_squares, total
 from srpo_kernels.optim.sharding import add_up, check_placements, local, matrix, shard_groups
 
-__all__ = ["GradientNorm", "clip_grad_norm_", "gradient_norm"]
+__all__ = ["GradientNorm", "clip_grad_norm_", "finite_norm", "gradient_norm", "local_sums", "norm_of"]
 
 
 @dataclass(frozen=True)
@@ -31,24 +31,39 @@ class GradientNorm:
 
 def gradient_norm(gradients: list[Tensor]) -> GradientNorm:
     """Norm of all `gradients`, plain or DTensor, together; a collective operation for those that are sharded."""
+    return norm_of(add_up(local_sums(gradients)))
+
+
+def local_sums(gradients: list[Tensor]) -> list[tuple[tuple[Any, ...], Tensor]]:
+    """What a norm adds up, of this process alone: int64 [34] for every set of process groups that share gradients.
+
+    32 bins of squares, chunks whose sum is not finite, elements that are not.
+    """
     alike: dict[Any, list[Tensor]] = {}
     for gradient in gradients:
         alike.setdefault((shard_groups(gradient), gradient.device), []).append(local(gradient))
     parts = []
     for (groups, device), members in alike.items():
         if available(device):
-            added = torch.ops.srpo.sums_of_squares([member.contiguous() for member in members])
+            added = operators(device).sums_of_squares([member.contiguous() for member in members])
         else:
             added = torch.stack([_sums(matrix(member)) for member in members]).sum(0)
         parts.append((groups, added))
-    sums = add_up(parts)
+    return parts
+
+
+def norm_of(sums: Tensor) -> GradientNorm:
+    """The norm from what `local_sums` are in all processes together."""
     finite = sums[BINS] == 0
-    norm = torch.where(finite, torch.sqrt(total(sums[:BINS])), torch.nan)
-    return GradientNorm(norm, finite, sums[BINS + 1])
+    return GradientNorm(torch.where(finite, finite_norm(sums), torch.nan), finite, sums[BINS + 1])
+
+
+def finite_norm(sums: Tensor) -> Tensor:
+    """The norm of what is finite, in double."""
+    return torch.sqrt(total(sums[:BINS]))
 
 
 def _sums(rows: Tensor) -> Tensor:
-    """Of a matrix: bins of its squares, chunks whose sum is not finite, elements that are not."""
     bins, lost = sums_of_squares(rows)
     return torch.cat([bins, torch.stack([lost, (~rows.isfinite()).sum()])])
 

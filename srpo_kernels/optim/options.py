@@ -10,17 +10,19 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from srpo_kernels.optim.sharding import check_placements
-from srpo_kernels.optim.storage import MOMENTS, WEIGHTS
+from srpo_kernels.optim.storage import MOMENTS, OFFLOADS, WEIGHTS
 
 __all__ = ["check_gradient", "check_group", "check_options"]
 
 
-def check_options(max_grad_norm: float | None, seed: int) -> None:
+def check_options(max_grad_norm: float | None, seed: int, offload: str) -> None:
     """Raise `ValueError` unless the options that hold for all groups are usable."""
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"AdamW: max_grad_norm must be positive or None, got {max_grad_norm}")
     if not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"AdamW: seed must be an integer in [0, 2**63), got {seed!r}")
+    if offload not in OFFLOADS:
+        raise ValueError(f"AdamW: offload must be one of {', '.join(OFFLOADS)}, got {offload!r}")
 
 
 def check_group(groups: list[dict[str, Any]], number: int) -> None:

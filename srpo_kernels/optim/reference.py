@@ -6,10 +6,10 @@ fused, nothing is reassociated, a division is a division. Values are fp32 unless
 **Tensors.** A parameter [d0, d1, ...] is a matrix [d0, d1 * d2 * ...] in row-major order of its indices, whatever its
 strides; one of one dimension is [d0, 1]. A shard is a run of whole rows.
 
-**Scalars** (`scalars`), per parameter, in double and rounded to fp32 once: lr, lr * weight_decay, eps, beta2,
-1 - beta1, 1 - beta2, 1 - beta1^t and sqrt(1 - beta2^t). t counts the steps taken including this one; it lives on the
-device because a skipped step must not count. beta^t is by squaring: for bits k = 0..23 of t, if the bit is set
-``power = power * square``, then ``square = square * square``.
+**Scalars** (`scalars`), per parameter, in double and rounded to fp32 once: ``rate = lr / (1 - beta1^t)``,
+``decay = lr * weight_decay``, eps, 1 - beta1, beta2, 1 - beta2 and ``root = 1 / sqrt(1 - beta2^t)``. t counts the steps
+taken including this one; it lives on the device because a skipped step must not count. beta^t is by squaring: for bits
+k = 0..23 of t, if the bit is set ``power = power * square``, then ``square = square * square``.
 
 **Norm** (`sums_of_squares`, `total`). A row is cut into chunks of 1024 elements, the last one filled up with zeros. The
 sum of squares of a chunk is fp32: ``x * x``, then the tree that adds neighbours, (0 + 1), (2 + 3), ..., ten times.
@@ -24,15 +24,20 @@ fp32 once, and is 1 without clipping.
     g' = g * coefficient
     m' = m + (g' - m) * (1 - beta1)
     v' = v * beta2 + (g' * g') * (1 - beta2)
-    denominator = sqrt(v') / sqrt(1 - beta2^t) + eps
-    update = lr * ((m' / (1 - beta1^t)) / denominator) + (lr * weight_decay) * w
+    update = rate * (m' / (sqrt(v') * root + eps)) + decay * w
     w' = w - update
     ema' = ema + (w' - ema) * (1 - decay)            when t is a multiple of ema_every
 
-**Random bits** (`random_words`). Element n has one 32-bit word: lane ``n % 4`` of the Philox4x32-10 counter
-``(low32(n // 4), high32(n // 4), t, 0x41444157)`` under the key ``(low32(seed), high32(seed))``. n counts the elements
-of the whole parameter list, every parameter beginning at a multiple of 4. The low 16 bits round the weight, the high
-16 the second moment.
+**Random bits** (`random_bits`). Element n draws 16 bits for its weight (stream 0x41444157) and 16 for its second
+moment (stream 0x41444158). 16 elements share the Philox4x32-7 counter ``(low32(n // 16), high32(n // 16), t, stream)``
+under the key ``(low32(seed), high32(seed))``. Its four words are eight halves, low halves first; element n % 16 < 8 has
+half n % 16, the others, i = n % 16 - 8, those of the 128 bits rotated right by 8: ``half[i] >> 8 | half[i + 1] << 8``.
+So an element's high byte is another's low byte, which correlates their roundings by 1/256 and biases none. n counts the
+elements of the whole parameter list, every parameter beginning at a multiple of 16. (Seven rounds: the fewest that
+pass all tests of Salmon et al. 2011.)
+
+**Telemetry**: sums of squares of the updates, and of the weights as stored, as above but for the order in which the
+squares of a chunk are added, which is free: these sums are exact to fp32's last bits, not the same bits everywhere.
 
 **Stochastic rounding to fewer bits** (`round_down_bits`): ``(pattern + (random & mask)) & ~mask`` with a mask of 16
 (bf16) or 8 bits, on the fp32 bit pattern; if that overflows to infinity, ``pattern & ~mask``. What is not finite is
@@ -66,6 +71,8 @@ from srpo_kernels.ops.noise_prior import philox
 __all__ = [
     "BLOCK",
     "CHUNK",
+    "SECOND_STREAM",
+    "WEIGHT_STREAM",
     "Scalars",
     "advance",
     "decode_blocks",
@@ -74,7 +81,7 @@ __all__ = [
     "encode_roots",
     "join16",
     "join24",
-    "random_words",
+    "random_bits",
     "round_down_bits",
     "scalars",
     "split16",
@@ -87,7 +94,10 @@ BLOCK = 128
 CHUNK = 1024
 BINS = 32
 _MASK = 0xFFFFFFFF
-_STREAM = 0x41444157
+WEIGHT_STREAM, SECOND_STREAM = 0x41444157, 0x41444158
+ROUNDS = 7
+#: Elements that share a counter: every parameter's place in the list is a multiple of it.
+DRAWN = 16
 _INFINITY = 0x7F800000
 
 
@@ -95,14 +105,13 @@ _INFINITY = 0x7F800000
 class Scalars:
     """Everything that is one number per parameter and step: fp32 tensors without dimensions, on the device."""
 
-    lr: Tensor
+    rate: Tensor  # lr / (1 - beta1^t)
     decay: Tensor  # lr * weight_decay
     eps: Tensor
     rate1: Tensor  # 1 - beta1
     beta2: Tensor
     rate2: Tensor  # 1 - beta2
-    correction1: Tensor  # 1 - beta1^t
-    correction2: Tensor  # sqrt(1 - beta2^t)
+    root: Tensor  # 1 / sqrt(1 - beta2^t)
 
 
 def scalars(
@@ -115,16 +124,12 @@ def scalars(
             return value.detach().to(steps.device, torch.float64).reshape(())
         return torch.full((), value, dtype=torch.float64, device=steps.device)  # a fill: no copy from the host
 
-    rate = number(lr)
-    decay, rate1, rate2 = rate * number(weight_decay), number(1 - betas[0]), number(1 - betas[1])
-    correction1 = (1 - _powers(betas[0], steps)).float().unbind()
-    correction2 = torch.sqrt(1 - _powers(betas[1], steps)).float().unbind()
-    shared = [value.float() for value in (rate, decay, number(eps), rate1, number(betas[1]), rate2)]
-    lr32, decay32, eps32, rate1, beta2, rate2 = shared
-    return [
-        Scalars(lr32, decay32, eps32, rate1, beta2, rate2, first, second)
-        for first, second in zip(correction1, correction2, strict=True)
-    ]
+    base = number(lr)
+    rates = (base / (1 - _powers(betas[0], steps))).float().unbind()
+    roots = (1 / torch.sqrt(1 - _powers(betas[1], steps))).float().unbind()
+    shared = [base * number(weight_decay), number(eps), number(1 - betas[0]), number(betas[1]), number(1 - betas[1])]
+    decay, eps32, rate1, beta2, rate2 = (value.float() for value in shared)
+    return [Scalars(rate, decay, eps32, rate1, beta2, rate2, root) for rate, root in zip(rates, roots, strict=True)]
 
 
 def _powers(base: float, exponents: Tensor) -> Tensor:
@@ -144,8 +149,7 @@ def advance(
     scaled = gradient.float() * coefficient
     first = first + (scaled - first) * s.rate1
     second = second * s.beta2 + (scaled * scaled) * s.rate2
-    denominator = _root(second) / s.correction2 + s.eps
-    update = s.lr * ((first / s.correction1) / denominator) + s.decay * weight
+    update = s.rate * (first / (_root(second) * s.root + s.eps)) + s.decay * weight
     return weight - update, first, second, update
 
 
@@ -201,13 +205,15 @@ def _padded(x: Tensor, multiple: int) -> Tensor:
 # --- rounding ---------------------------------------------------------------------------------
 
 
-def random_words(seed: int, step: Tensor, start: int, count: int) -> Tensor:
-    """The 32-bit words (int64 [count]) of the elements from `start` on at `step`, a tensor without dimensions."""
-    block = torch.arange(start // 4, (start + count + 3) // 4, dtype=torch.int64, device=step.device)
-    stream = torch.full_like(block, _STREAM)
-    counter = (block & _MASK, block >> 32, step.long().expand_as(block), stream)
-    words = torch.stack(philox(counter, (seed & _MASK, seed >> 32)), 1).flatten()
-    return words[start % 4 : start % 4 + count]
+def random_bits(seed: int, stream: int, step: Tensor, start: int, count: int) -> Tensor:
+    """The 16 bits (int32 [count]) of the elements from `start` on at `step`, a tensor without dimensions."""
+    block = torch.arange(start // DRAWN, -(-(start + count) // DRAWN), dtype=torch.int64, device=step.device)
+    counter = (block & _MASK, block >> 32, step.long().expand_as(block), torch.full_like(block, stream))
+    words = torch.stack(philox(counter, (seed & _MASK, seed >> 32), ROUNDS), 1)
+    halves = torch.stack([words & 0xFFFF, words >> 16], 2).flatten(1)
+    rotated = (halves >> 8) | ((halves.roll(-1, 1) << 8) & 0xFFFF)
+    drawn = torch.cat([halves, rotated], 1).flatten().int()
+    return drawn[start % DRAWN : start % DRAWN + count]
 
 
 def round_down_bits(x: Tensor, random: Tensor, dropped: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 __all__ = ["add_up", "check_placements", "local", "local_rows", "matrix", "shard_groups", "sharded_like"]
 
@@ -46,13 +47,12 @@ def local_rows(tensor: Tensor) -> tuple[int, int]:
 
 
 def sharded_like(tensor: Tensor, part: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The tensor of global `shape`, sharded as `tensor` is, of which this process holds `part`."""
+    """The tensor of global `shape`, sharded as `tensor` is, of which this process holds `part`, on whatever device."""
     if not isinstance(tensor, DTensor):
         return part
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        part, tensor.device_mesh, tensor.placements, run_check=False, shape=torch.Size(shape), stride=stride
-    )
+    meta = TensorMeta(torch.Size(shape), torch.empty(shape, device="meta").stride(), part.dtype)
+    # Not DTensor.from_local: it moves what is in host memory to the mesh's device.
+    return DTensor(part, DTensorSpec(tensor.device_mesh, tensor.placements, tensor_meta=meta), requires_grad=False)
 
 
 def shard_groups(tensor: Tensor) -> tuple[dist.ProcessGroup, ...]:

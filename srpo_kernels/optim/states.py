@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from srpo_kernels.optim.sharding import local, local_rows, matrix
 from srpo_kernels.optim.storage import Storage
+from srpo_kernels.optim.work import every_storage, storages
 
 if TYPE_CHECKING:
     from srpo_kernels.optim.adamw import AdamW
@@ -83,7 +84,7 @@ def load_native(optimizer: AdamW, saved: dict[str, Any]) -> None:
             if parameter not in entries:
                 continue
             state = optimizer.state.get(parameter) or fresh[parameter]
-            Storage.of(parameter, state, group, 0, optimizer.seed)
+            Storage.of(parameter, state, group, offload=optimizer.offload)
             fresh[parameter] = state
             entry, what = entries[parameter], f"the state of parameter {numbers[parameter]}"
             if entry.keys() != state.keys():
@@ -114,7 +115,7 @@ def canonical(optimizer: AdamW) -> dict[str, Any]:
         count += len(group["params"])
     found: dict[str, Any] = {"state": {}, "param_groups": groups}
     masters, averages = {}, {}
-    for number, (_, storage) in enumerate(optimizer._all()):
+    for number, (_, storage) in enumerate(every_storage(optimizer)):
         if storage is not None:
             found["state"][number] = {
                 "step": storage.state["step"].clone(),
@@ -149,22 +150,22 @@ def load_canonical(optimizer: AdamW, saved: dict[str, Any]) -> None:
     numbers = {parameter: number for number, parameter in parameters.items()}
     rows = {
         parameter: {
-            name: matrix(_mine(value, parameter, f"{name} of parameter {numbers[parameter]}")).to(parameter.device)
+            name: matrix(_mine(value, parameter, f"{name} of parameter {numbers[parameter]}"))
             for name, value in found.items()
         }
         for parameter, found in tensors.items()
     }
     optimizer.state.clear()
-    for _, members in optimizer._stored(rows.__contains__):
-        for storage in members:
-            found, step = rows[storage.parameter], storage.state["step"]
-            if "exp_avg" in found:
-                step.copy_(torch.as_tensor(saved["state"][numbers[storage.parameter]]["step"]))
-                moments = (found["exp_avg"].float(), found["exp_avg_sq"].float())
-                storage.store(storage.encode(step, moments=moments))
-            if "master_weights" in found:
-                storage.store(storage.encode(step, weight=found["master_weights"].float()))
-            if "ema" in storage.state:
-                storage.store({"ema": found["ema_weights"] if "ema_weights" in found else storage.weight()})
+    for _, storage in storages(optimizer, rows):
+        parameter, step = storage.parameter, storage.state["step"]
+        found = {name: value.to(parameter.device) for name, value in rows[parameter].items()}
+        if "exp_avg" in found:
+            step.copy_(torch.as_tensor(saved["state"][numbers[parameter]]["step"]))
+            moments = (found["exp_avg"].float(), found["exp_avg_sq"].float())
+            storage.store(storage.encode(step, moments=moments))
+        if "master_weights" in found:
+            storage.store(storage.encode(step, weight=found["master_weights"].float()))
+        if "ema" in storage.state:
+            storage.store({"ema": found["ema_weights"] if "ema_weights" in found else storage.weight()})
     for group, other in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         _set_options(group, {name: other[name] for name in _CANONICAL_OPTIONS})

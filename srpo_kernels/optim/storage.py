@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from srpo_kernels.optim import reference
-from srpo_kernels.optim.reference import BLOCK
+from srpo_kernels.optim.reference import BLOCK, SECOND_STREAM, WEIGHT_STREAM
 from srpo_kernels.optim.sharding import local, local_rows, matrix, sharded_like
 
-__all__ = ["MOMENTS", "SMALL", "WEIGHTS", "Storage", "modes"]
+__all__ = ["MOMENTS", "OFFLOADS", "SMALL", "WEIGHTS", "Storage", "modes"]
 
 WEIGHTS = ("fp32", "split32", "split24", "bf16_sr")
 MOMENTS = ("fp32", "M4", "M3", "M2")
@@ -23,11 +23,21 @@ SMALL = 16 * 1024
 _REMAINDER = {"split32": torch.int16, "split24": torch.int8}
 _FIRST = {"fp32": torch.float32, "M4": torch.bfloat16, "M3": torch.uint8, "M2": torch.uint8}
 _SECOND = {"fp32": torch.float32, "M4": torch.bfloat16, "M3": torch.bfloat16, "M2": torch.uint8}
+#: State tensors that each kind of offloading keeps in host memory: those of small parameters stay on the device.
+OFFLOADS = {
+    "none": frozenset[str](),
+    "ema": frozenset({"ema"}),
+    "states": frozenset({"remainder", "exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale", "ema"}),
+}
+
+
+def _small(parameter: Tensor) -> bool:
+    return parameter.ndim < 2 or parameter.numel() < SMALL
 
 
 def modes(parameter: Tensor, group: dict[str, Any]) -> tuple[str, str]:
     """`weights` and `moments` that `parameter` is stored in, small tensors being stored exactly."""
-    if parameter.ndim > 1 and parameter.numel() >= SMALL:
+    if not _small(parameter):
         return group["weights"], group["moments"]
     return "fp32" if group["weights"] == "fp32" else "split32", "fp32"
 
@@ -46,39 +56,52 @@ class Storage:
     moments: str
     offset: int  # global index of the parameter's first element
     seed: int
+    hosted: frozenset[str] = frozenset()  # states in host memory, pinned where the parameter is on a GPU
 
     @classmethod
     @torch.no_grad()
-    def of(cls, parameter: Tensor, state: dict[str, Any], group: dict[str, Any], offset: int, seed: int) -> Storage:
+    def of(
+        cls,
+        parameter: Tensor,
+        state: dict[str, Any],
+        group: dict[str, Any],
+        *,
+        offset: int = 0,
+        seed: int = 0,
+        offload: str = "none",
+    ) -> Storage:
         """The storage of `parameter`; an empty `state` is filled with that before the first step."""
-        storage = cls(parameter, state, *modes(parameter, group), offset, seed)
+        hosted = OFFLOADS["none" if _small(parameter) else offload]
+        storage = cls(parameter, state, *modes(parameter, group), offset, seed, hosted)
         if not state:
             storage._initialise(group["ema_decay"] is not None)
         return storage
 
     def _initialise(self, ema: bool) -> None:
-        parameter = self.parameter
-        mine = local(parameter)
+        mine = local(self.parameter)
 
-        def zeros(dtype: torch.dtype) -> Tensor:
-            return sharded_like(parameter, mine.new_zeros(mine.shape, dtype=dtype), tuple(parameter.shape))
+        def add(name: str, dtype: torch.dtype, shape: tuple[int, ...], fill: float) -> None:
+            part_shape = (*mine.shape[:1], *shape[1:])
+            if name in self.hosted:
+                part = torch.full(part_shape, fill, dtype=dtype, device="cpu", pin_memory=mine.is_cuda)
+            else:
+                part = mine.new_full(part_shape, fill, dtype=dtype)
+            self.state[name] = sharded_like(self.parameter, part, shape)
 
-        def scales() -> Tensor:
-            blocks = -(-matrix(mine).shape[1] // BLOCK)
-            ones = mine.new_ones((mine.shape[0], blocks), dtype=torch.float32)
-            return sharded_like(parameter, ones, (parameter.shape[0], blocks))
-
+        shape = tuple(self.parameter.shape)
+        scales = (*shape[:1], -(-matrix(mine).shape[1] // BLOCK))
         self.state["step"] = torch.zeros((), device=mine.device)
         if self.weights in _REMAINDER:
-            self.state["remainder"] = zeros(_REMAINDER[self.weights])
-        self.state["exp_avg"] = zeros(_FIRST[self.moments])
+            add("remainder", _REMAINDER[self.weights], shape, 0)
+        add("exp_avg", _FIRST[self.moments], shape, 0)
         if self.moments in ("M3", "M2"):
-            self.state["exp_avg_scale"] = scales()
-        self.state["exp_avg_sq"] = zeros(_SECOND[self.moments])
+            add("exp_avg_scale", torch.float32, scales, 1)
+        add("exp_avg_sq", _SECOND[self.moments], shape, 0)
         if self.moments == "M2":
-            self.state["exp_avg_sq_scale"] = scales()
+            add("exp_avg_sq_scale", torch.float32, scales, 1)
         if ema:
-            self.state["ema"] = self.whole(self.weight())
+            add("ema", torch.float32, shape, 0)
+            self.store({"ema": self.weight()})
 
     def whole(self, rows: Tensor) -> Tensor:
         """A copy of local values [rows, columns] as the tensor that the parameter is: its shape and its sharding."""
@@ -88,11 +111,11 @@ class Storage:
     def _local(self, name: str) -> Tensor:
         return local(self.parameter if name == "weight" else self.state[name])
 
-    # --- fp32 matrices of the local rows ------------------------------------------------------
+    # --- fp32 matrices of the local rows, where the states are ---------------------------------
 
     def weight(self) -> Tensor:
         """The weight in fp32, exact."""
-        weight = matrix(self._local("weight").detach())
+        weight = matrix(self._local("weight").detach()).to(self._local("exp_avg").device)
         if self.weights == "split32":
             return reference.join16(weight.contiguous(), matrix(self._local("remainder")))
         if self.weights == "split24":
@@ -117,15 +140,15 @@ class Storage:
         self, step: Tensor, *, weight: Tensor | None = None, moments: tuple[Tensor, Tensor] | None = None
     ) -> dict[str, Tensor]:
         """What to store, by name ("weight" is the parameter itself), for new fp32 values after step number `step`."""
-        low, high = self._random(step)
         found: dict[str, Tensor] = {}
         if weight is not None:
             if self.weights == "split32":
                 found["weight"], found["remainder"] = reference.split16(weight)
             elif self.weights == "split24":
-                found["weight"], found["remainder"] = reference.split24(weight, low)
+                found["weight"], found["remainder"] = reference.split24(weight, self._random(step, WEIGHT_STREAM))
             elif self.weights == "bf16_sr":
-                found["weight"] = reference.round_down_bits(weight, low, 16).bfloat16()
+                random = self._random(step, WEIGHT_STREAM)
+                found["weight"] = reference.round_down_bits(weight, random, 16).bfloat16()
             else:
                 found["weight"] = weight
         if moments is not None:
@@ -134,22 +157,21 @@ class Storage:
                 found["exp_avg"], found["exp_avg_scale"] = reference.encode_blocks(first)
             else:
                 found["exp_avg"] = first.to(_FIRST[self.moments])
-            if self.moments == "M2":
-                found["exp_avg_sq"], found["exp_avg_sq_scale"] = reference.encode_roots(second, high)
-            elif self.moments == "fp32":
+            if self.moments == "fp32":
                 found["exp_avg_sq"] = second
             else:
-                found["exp_avg_sq"] = reference.round_down_bits(second, high, 16).bfloat16()
+                random = self._random(step, SECOND_STREAM)
+                if self.moments == "M2":
+                    found["exp_avg_sq"], found["exp_avg_sq_scale"] = reference.encode_roots(second, random)
+                else:
+                    found["exp_avg_sq"] = reference.round_down_bits(second, random, 16).bfloat16()
         return found
 
-    def _random(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        """The two 16-bit random numbers of every local element, as int32 matrices."""
+    def _random(self, step: Tensor, stream: int) -> Tensor:
+        """16 random bits of every local element, as an int32 matrix."""
         rows = matrix(self._local("weight"))
-        if self.moments == "fp32" and self.weights in ("fp32", "split32"):
-            return (torch.empty(0, device=rows.device),) * 2
         start = self.offset + local_rows(self.parameter)[0] * rows.shape[1]
-        words = reference.random_words(self.seed, step, start, rows.numel()).view(rows.shape)
-        return (words & 0xFFFF).int(), (words >> 16).int()
+        return reference.random_bits(self.seed, stream, step, start, rows.numel()).view(rows.shape)
 
     def store(self, values: dict[str, Tensor], where: Tensor | bool = True) -> None:
         """Write what `encode` returned; nothing changes if `where`, a bool on the device, is false."""

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from srpo_kernels.optim import reference as ref
 
+_STREAMS = (ref.WEIGHT_STREAM, ref.SECOND_STREAM)
+
 
 def _fp32(bits: Tensor) -> Tensor:
     return bits.to(torch.int32).view(torch.float32)
@@ -75,7 +77,7 @@ def test_stochastic_rounding_leaves_special_values(dropped: int) -> None:
 def test_stochastic_rounding_is_unbiased(dropped: int) -> None:
     """Over 1e5 draws: the mean within 4 sigma, and how often up by chi-squared."""
     draws = 100_000
-    words = ref.random_words(7, torch.tensor(3), 0, 40 * draws).view(40, draws).int() & 0xFFFF
+    words = ref.random_bits(7, ref.WEIGHT_STREAM, torch.tensor(3), 0, 40 * draws).view(40, draws)
     x = torch.randn(40, generator=torch.Generator().manual_seed(2)).abs() + 0.01
     rounded = ref.round_down_bits(x[:, None].expand(-1, draws).contiguous(), words, dropped).double()
     low = _fp32(x.view(torch.int32) & ~((1 << dropped) - 1)).double()
@@ -93,8 +95,8 @@ def test_root_codes_are_unbiased() -> None:
     draws = 100_000
     value = torch.rand(60, generator=torch.Generator().manual_seed(2)) ** 6
     x = torch.cat([value, torch.ones(1)])[None].expand(draws, -1).contiguous()
-    words = ref.random_words(7, torch.tensor(3), 0, x.numel()).view(x.shape)
-    codes, scale = ref.encode_roots(x, (words >> 16).int())
+    random = ref.random_bits(7, ref.SECOND_STREAM, torch.tensor(3), 0, x.numel()).view(x.shape)
+    codes, scale = ref.encode_roots(x, random)
     decoded = ref.decode_roots(codes, scale).double()
     spread = decoded.std(0).clamp(min=1e-12)
     assert ((decoded.mean(0) - x[0]).abs() <= 4 * spread / math.sqrt(draws) + 2.0**-17 * spread + 1e-9 * x[0]).all()
@@ -139,37 +141,57 @@ def test_block_codes_are_e4m3_of_a_power_of_two(columns: int, magnitude: float) 
     assert torch.equal(again, ref.decode_blocks(codes, scale))
 
 
-def _numpy_philox(block: int, step: int, seed: int) -> list[int]:
-    """Philox4x32-10 in Python's integers (Salmon et al. 2011)."""
-    c = [block & 0xFFFFFFFF, block >> 32, step, 0x41444157]
+def _drawn(element: int, stream: int, step: int, seed: int) -> int:
+    """The 16 bits of an element, from Philox4x32-7 (Salmon et al. 2011) in Python's integers."""
+    counter = element // 16
+    c = [counter & 0xFFFFFFFF, counter >> 32, step, stream]
     k = [seed & 0xFFFFFFFF, seed >> 32]
-    for _ in range(10):
+    for _ in range(7):
         a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
         c = [(b >> 32) ^ c[1] ^ k[0], b & 0xFFFFFFFF, (a >> 32) ^ c[3] ^ k[1], a & 0xFFFFFFFF]
         k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    return c
+    bits = sum(word << 32 * place for place, word in enumerate(c))
+    if element % 16 >= 8:
+        bits = bits >> 8 | (bits & 0xFF) << 120
+    return bits >> 16 * (element % 8) & 0xFFFF
 
 
-def test_random_words_are_philox_by_element() -> None:
-    seed, step, start = 2**40 + 5, 9, 4 * 2**33 + 3
-    words = ref.random_words(seed, torch.tensor(float(step)), start, 10).tolist()
-    assert words == [_numpy_philox(n // 4, step, seed)[n % 4] for n in range(start, start + 10)]
+@pytest.mark.parametrize("stream", _STREAMS)
+def test_random_bits_are_philox_by_element(stream: int) -> None:
+    seed, step, start = 2**40 + 5, 9, 16 * 2**33 + 3
+    bits = ref.random_bits(seed, stream, torch.tensor(float(step)), start, 40).tolist()
+    assert bits == [_drawn(n, stream, step, seed) for n in range(start, start + 40)]
+
+
+def test_random_bits_are_uniform_and_shared_bytes_correlate_little() -> None:
+    """Every bit's mean within 4 sigma; elements 8 apart share a byte, one's high and the other's low: 1/256."""
+    count = 1 << 20
+    drawn = {stream: ref.random_bits(11, stream, torch.tensor(2), 0, count) for stream in _STREAMS}
+    for bits in drawn.values():
+        ones = torch.stack([(bits >> bit & 1).double().mean() for bit in range(16)])
+        assert ((ones - 0.5).abs() <= 4 * 0.5 / count**0.5).all()
+    groups = drawn[ref.WEIGHT_STREAM].view(-1, 16).double()
+    correlation = torch.corrcoef(groups.T) - torch.eye(16)
+    assert correlation.abs().max() <= 1 / 256 + 4 / len(groups) ** 0.5
+    streams = torch.corrcoef(torch.stack([bits.double() for bits in drawn.values()]))
+    assert streams[0, 1].abs() <= 4 / count**0.5
 
 
 @pytest.mark.parametrize("piece", [64, 1000])
 @pytest.mark.parametrize("shards", [1, 2, 4])
-def test_words_and_norms_do_not_depend_on_pieces(piece: int, shards: int) -> None:
+def test_random_bits_and_norms_do_not_depend_on_pieces(piece: int, shards: int) -> None:
     step, rows, columns = torch.tensor(2), 37, 1500
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 1e-6
-    whole, words = ref.sums_of_squares(x)[0], ref.random_words(3, step, 17, x.numel())
+    whole, random = ref.sums_of_squares(x)[0], ref.random_bits(3, ref.WEIGHT_STREAM, step, 17, x.numel())
     bins, pieces, first = torch.zeros_like(whole), [], 0
     for shard in x.chunk(shards):
         bins += ref.sums_of_squares(shard)[0]
         for start in range(0, shard.numel(), piece):
-            pieces.append(ref.random_words(3, step, 17 + first + start, min(piece, shard.numel() - start)))
+            size = min(piece, shard.numel() - start)
+            pieces.append(ref.random_bits(3, ref.WEIGHT_STREAM, step, 17 + first + start, size))
         first += shard.numel()
     assert torch.equal(bins, whole)
-    assert torch.equal(torch.cat(pieces), words)
+    assert torch.equal(torch.cat(pieces), random)
 
 
 @pytest.mark.parametrize("columns", [1, 3, 1023, 1024, 1025, 5000])
@@ -198,6 +220,6 @@ def test_powers_are_those_of_float64() -> None:
     steps = torch.tensor([1, 2, 3, 20, 1500, 2**23 + 1])
     found = ref.scalars(steps, 1e-3, (0.9, 0.999), 1e-8, 0.01)
     for step, numbers in zip(steps.tolist(), found, strict=True):
-        assert numbers.correction1 == torch.tensor(1 - 0.9**step)
-        assert numbers.correction2 == torch.tensor(math.sqrt(1 - 0.999**step))
+        assert numbers.rate == torch.tensor(1e-3 / (1 - 0.9**step))
+        assert numbers.root == torch.tensor(1 / math.sqrt(1 - 0.999**step))
         assert numbers.decay == torch.tensor(1e-3 * 0.01)

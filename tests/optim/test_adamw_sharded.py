@@ -15,9 +15,10 @@ from adamw_cases import LR, MODES, assert_same, everything
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from srpo_kernels.optim import AdamW, clip_grad_norm_
+from srpo_kernels.optim import AdamW, clip_grad_norm_, step_in_backward, streaming
 
-ALL_MODES = [*MODES, ("split32", "M2"), ("split24", "M3")]
+ALL_MODES = [(*modes, "none") for modes in [*MODES, ("split32", "M2"), ("split24", "M3")]]
+ALL_MODES += [("split32", "M4", "states"), ("split24", "M2", "ema")]
 
 
 def _network(weights: str) -> nn.Module:
@@ -28,12 +29,12 @@ def _network(weights: str) -> nn.Module:
     return network.to(torch.float32 if weights == "fp32" else torch.bfloat16)
 
 
-def _optimizer(network: nn.Module, weights: str, moments: str) -> AdamW:
+def _optimizer(network: nn.Module, weights: str, moments: str, **options: Any) -> AdamW:
     """Two groups; the second one's step is far larger."""
     first, *rest = (parameter for parameter in network.parameters())
     groups = [{"params": rest}, {"params": [first], "lr": 1e-3}]
-    options: dict[str, Any] = dict(weights=weights, moments=moments, max_grad_norm=1e-3, ema_decay=0.9, seed=11)
-    return AdamW(groups, LR, **options)
+    defaults: dict[str, Any] = dict(weights=weights, moments=moments, max_grad_norm=1e-3, ema_decay=0.9, seed=11)
+    return AdamW(groups, LR, **{**defaults, **options})
 
 
 def _backward(network: nn.Module, number: int) -> None:
@@ -59,23 +60,32 @@ def _worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
-        for weights, moments in ALL_MODES:
-            _same_bits_as_one_process(folder, weights, moments)
+        streaming.DEVICE_BYTES = 60_000  # so that a shard takes several slices
+        for weights, moments, offload in ALL_MODES:
+            _same_bits_as_one_process(folder, weights, moments, offload)
+        for clip in ("none", "previous", "two_pass"):
+            _in_backward(clip)
         _checks_of_placements()
     finally:
         dist.destroy_process_group()
 
 
-def _same_bits_as_one_process(folder: str, weights: str, moments: str) -> None:
+def _fully_sharded(network: nn.Module) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (2,))
-    network, alone = _network(weights), _network(weights)
     for layer in network:
         fully_shard(layer, mesh=mesh)
     fully_shard(network, mesh=mesh)
-    sharded, single = _optimizer(network, weights, moments), _optimizer(alone, weights, moments)
+    return network
+
+
+def _same_bits_as_one_process(folder: str, weights: str, moments: str, offload: str) -> None:
+    name = f"{folder}/{weights}-{moments}-{offload}"
+    network, alone = _fully_sharded(_network(weights)), _network(weights)
+    sharded = _optimizer(network, weights, moments, offload=offload)
+    single = _optimizer(alone, weights, moments)
     for number in range(3):
         _backward(network, number)
         for one, other in zip(network.parameters(), alone.parameters(), strict=True):
@@ -99,9 +109,13 @@ def _same_bits_as_one_process(folder: str, weights: str, moments: str) -> None:
     state = sharded.state[trained]
     assert all(state[name].placements == trained.placements for name in state if name != "step")
 
+    with sharded.average_parameters(), single.average_parameters():
+        assert_same(*([_whole(p.detach()) for p in each.parameters()] for each in (network, alone)))
+    assert_same([_whole(x) for x in sharded.master_weights()], single.master_weights())
+
     # Native and canonical states, given whole and sharded.
     for saved in (single.state_dict(), sharded.state_dict()):
-        again = _optimizer(network, weights, moments)
+        again = _optimizer(network, weights, moments, offload=offload)
         again.load_state_dict(saved)
         assert_same([_local(x) for x in everything(again)], [_local(x) for x in everything(sharded)])
     canonical = sharded.canonical_state_dict()
@@ -121,7 +135,7 @@ def _same_bits_as_one_process(folder: str, weights: str, moments: str) -> None:
     network.zero_grad()
     for flat in (False, True):
         model, state = get_state_dict(network, sharded, options=StateDictOptions(flatten_optimizer_state_dict=flat))
-        dcp.save({"model": model, "optimizer": state}, checkpoint_id=f"{folder}/{weights}-{moments}-{flat}")
+        dcp.save({"model": model, "optimizer": state}, checkpoint_id=f"{name}-{flat}")
     for one, other, gradient in zip(network.parameters(), alone.parameters(), gradients, strict=True):
         if gradient is not None:
             other.grad = gradient.clone()
@@ -136,7 +150,42 @@ def _same_bits_as_one_process(folder: str, weights: str, moments: str) -> None:
     for one, other in zip(network.parameters(), alone.parameters(), strict=True):
         assert other.grad is None or torch.equal(_whole(one.grad), other.grad)
     if dist.get_rank() == 0:
-        torch.save({"gradients": gradients, "after": everything(single)}, f"{folder}/{weights}-{moments}.pt")
+        torch.save({"gradients": gradients, "after": everything(single)}, f"{name}.pt")
+
+
+def _in_backward(clip: str) -> None:
+    """Gradients of one layer at a time, when they have been reduced: the bits of a step after backward."""
+    options: dict[str, Any] = {} if clip == "two_pass" else dict(max_grad_norm=None)
+    network, plain = _fully_sharded(_network("split32")), _fully_sharded(_network("split32"))
+    optimizer, after = (_optimizer(each, "split32", "M4", **options) for each in (network, plain))
+    if clip == "previous":
+        optimizer.max_grad_norm = 1e9
+    counts: list[int] = []
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: counts.append(sum(each.grad is not None for each in trained))
+        )
+    with step_in_backward(optimizer, clip, blocks=network) as handle:  # type: ignore[arg-type]
+        for number in range(3):
+            x = torch.randn(8, 130, generator=torch.Generator().manual_seed(2 * number + dist.get_rank())).bfloat16()
+
+            def loss(network: nn.Module, x: Tensor = x) -> Tensor:
+                return network(x).float().square().mean()
+
+            if clip == "two_pass":
+                handle.backward(lambda loss=loss: loss(network))
+            else:
+                loss(network).backward()
+            optimizer.step()
+            loss(plain).backward()
+            after.step()
+            after.zero_grad()
+            assert_same([_local(x) for x in everything(optimizer)], [_local(x) for x in everything(after)])
+            assert_same(list(optimizer.telemetry.values()), list(after.telemetry.values()))
+    assert 0 < max(counts) <= 2  # a layer's weight and bias
+    with pytest.raises(ValueError, match="parameter 0 of group 0 is not sharded by FSDP2: its gradient would be used"):
+        step_in_backward(AdamW([nn.Parameter(torch.ones(3, dtype=torch.bfloat16))], LR))
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -207,19 +256,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize(("weights", "moments"), ALL_MODES)
-def test_a_checkpoint_of_two_processes_goes_on_in_one(folder: Path, weights: str, moments: str, flat: bool) -> None:
+@pytest.mark.parametrize(("weights", "moments", "offload"), ALL_MODES)
+def test_a_checkpoint_of_two_processes_goes_on_in_one(
+    folder: Path, weights: str, moments: str, offload: str, flat: bool
+) -> None:
+    name = f"{weights}-{moments}-{offload}"
     network = _network(weights)
-    optimizer = _optimizer(network, weights, moments)
+    optimizer = _optimizer(network, weights, moments, offload=offload)
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     before = [parameter.detach().clone() for parameter in network.parameters()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model, state = get_state_dict(network, optimizer, options=options)  # takes a step with a learning rate of 0
         assert_same([parameter.detach() for parameter in network.parameters()], before)
-        dcp.load({"model": model, "optimizer": state}, checkpoint_id=str(folder / f"{weights}-{moments}-{flat}"))
+        dcp.load({"model": model, "optimizer": state}, checkpoint_id=str(folder / f"{name}-{flat}"))
         set_state_dict(network, optimizer, model_state_dict=model, optim_state_dict=state, options=options)
-    wanted = torch.load(folder / f"{weights}-{moments}.pt")
+    wanted = torch.load(folder / f"{name}.pt")
     for parameter, gradient in zip(network.parameters(), wanted["gradients"], strict=True):
         parameter.grad = gradient
     optimizer.step()
