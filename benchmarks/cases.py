@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import linear, normalize
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as vision
 
@@ -17,11 +17,14 @@ from benchmarks.block_cases import block_cases
 from benchmarks.case import Case
 from benchmarks.vae_cases import norm_case
 from srpo_kernels.latents import unpack
+from srpo_kernels.patching.eager import EAGER
 
 __all__ = ["cases"]
 
 #: Batch, channels and sides of what the VAE's decoder norms, for images of 720 and at last of 1024 pixels.
 _DECODER = [(1, 512, 90), (1, 512, 180), (1, 256, 360), (1, 256, 720), (1, 128, 720), (2, 128, 1024)]
+#: There is no time to compile the eager form of all.
+_COMPILED_FLOAT8 = ("quantize_fp8", "gated_residual_layer_norm_modulate_fp8")
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -40,10 +43,14 @@ def cases(device: str = "cuda", *, small: bool = False) -> Iterator[Case]:
         yield norm_case(batch, channels, side, device)
     if small:
         yield from block_cases(2, 12, 4, device, heads=4, width=32)
+        yield from _float8_cases(2, 12, 128, device)
     else:
         for batch, tokens in [(1, 2537), (4, 2537), (1, 4608), (4, 4608)]:  # images of 720 and 1024 pixels
             for case in block_cases(batch, tokens, 512, device):
                 yield replace(case, compiled=tokens == 2537)
+        for batch, tokens in [(1, 2537), (1, 4608), (4, 4608)]:
+            for case in _float8_cases(batch, tokens, 3072, device):
+                yield replace(case, compiled=tokens == 2537 and case.op in _COMPILED_FLOAT8)
 
 
 def _latent_cases(batch: int, side: int, device: str) -> Iterator[Case]:
@@ -164,3 +171,68 @@ def _resize_case(batch: int, side: int, device: str) -> Case:
         pixels + out,
         2 * pixels + out,
     )
+
+
+def _float8_cases(batch: int, tokens: int, dim: int, device: str) -> Iterator[Case]:
+    """Forward only: e4m3, of half a bf16 element, with a scale for every token. Eager rounds to bf16 before."""
+    random = partial(torch.randn, device=device, dtype=torch.bfloat16)
+    hidden, shape = batch * tokens * dim, f"{batch} x {tokens}"
+
+    def rows(*names: str, size: int = dim) -> dict[str, Tensor]:
+        return {name: random(batch, tokens, size) for name in names}
+
+    def vectors(*names: str) -> dict[str, Tensor]:
+        return {name: random(batch, dim) for name in names}
+
+    def case(name: str, size: int, make: Callable[[], dict[str, Tensor]], forward: float, **options: float) -> Case:
+        """Forward moves so many tensors of `tokens` x `dim`; `size` is the width of the output."""
+
+        def ours(**inputs: Tensor) -> tuple[Tensor, ...]:
+            result = getattr(sk, name)(**inputs, **options)
+            return result if isinstance(result, sk.Float8) else (result[0], *result[1])
+
+        def eager(**inputs: Tensor) -> tuple[Tensor, ...]:
+            plain = EAGER[name.removesuffix("_fp8")](**inputs, **options)
+            return _quantize_eager(plain) if isinstance(plain, Tensor) else (plain[0], *_quantize_eager(plain[1]))
+
+        return Case(name, f"{shape} x {size}", make, ours, eager, (), forward * hidden, 0)
+
+    wide = 4 * dim
+    quantized = f"{shape} x {wide}"
+    yield Case(
+        "quantize_fp8", quantized, lambda: rows("x", size=wide), sk.quantize_fp8, _quantize_eager, (), 6 * hidden, 0
+    )
+    yield case("layer_norm_modulate_fp8", dim, lambda: rows("x") | vectors("scale", "shift"), 1.5, eps=1e-6)
+    yield case(
+        "gated_residual_layer_norm_modulate_fp8",
+        dim,
+        lambda: rows("residual", "branch") | vectors("gate", "scale", "shift"),
+        3.5,
+        eps=1e-6,
+    )
+    yield case("gelu_tanh_fp8", wide, lambda: rows("x", size=wide), 6)
+    yield case("gelu_concat_fp8", 5 * dim, lambda: rows("attn") | rows("mlp", size=wide), 7.5)
+
+    def operands() -> dict[str, Tensor]:
+        """In e4m3, and for eager in bf16."""
+        x, weight = (sk.quantize_fp8(random(*size)) for size in ((batch, tokens, dim), (wide, dim)))
+        made = {"x": x.values, "x_scale": x.scale, "weight": weight.values, "weight_scale": weight.scale}
+        return made | {"plain_x": x.dequantize(torch.bfloat16), "plain_weight": weight.dequantize(torch.bfloat16)}
+
+    yield Case(
+        "fp8_linear",
+        f"{shape} x {dim} -> {wide}",
+        operands,
+        lambda x, x_scale, weight, weight_scale, **_: sk.fp8_linear(
+            sk.Float8(x, x_scale), sk.Float8(weight, weight_scale)
+        ),
+        lambda plain_x, plain_weight, **_: linear(plain_x, plain_weight),
+        (),
+        4.5 * hidden + wide * dim / 2,
+        0,
+    )
+
+
+def _quantize_eager(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / 448
+    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale

@@ -25,10 +25,10 @@ from benchmarks.cases import cases
 from benchmarks.decoder import decoder_results
 from benchmarks.timing import copy_bandwidth, median_ms, rotations
 from benchmarks.tower import tower_results
-from benchmarks.transformer import transformer_results
+from benchmarks.transformer import float8_results, transformer_results
 
 ROOT = Path(__file__).parent.parent
-_PARTS = ("tests", "operators", "transformer", "decoder", "tower")
+_PARTS = ("tests", "operators", "optimizer", "transformer", "float8", "decoder", "tower")
 
 
 def main() -> int:
@@ -49,7 +49,9 @@ def main() -> int:
     measures: dict[str, Callable[[], Any]] = {
         "tests": _run_tests,
         "operators": lambda: [_measure(case, bandwidth) for case in cases()],
+        "optimizer": lambda: _optimizers(bandwidth),
         "transformer": lambda: list(transformer_results()),
+        "float8": lambda: [row for side in (90, 128) for row in float8_results(side)],
         "decoder": lambda: list(decoder_results()),
         "tower": lambda: list(tower_results()),
     }
@@ -72,6 +74,17 @@ def _run_tests() -> dict[str, Any]:
     return {"exit_status": done.returncode, "summary": (done.stdout.strip().splitlines() or [""])[-1]}
 
 
+def _optimizers(bandwidth: float) -> list[dict[str, Any]]:
+    """Optimizer steps, in a process of their own: the extension is built first where there is an nvcc."""
+    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    built = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    print(built.stdout[-500:], built.stderr[-500:] if built.returncode else "")
+    command = [sys.executable, "-m", "benchmarks.optimizer_gpu", str(bandwidth)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    print(done.stdout)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 def _measure(case: Case, bandwidth: float) -> dict[str, Any]:
     """Forward, and forward with backward, of ours, eager and compiled eager."""
     torch.manual_seed(0)
@@ -85,13 +98,14 @@ def _measure(case: Case, bandwidth: float) -> dict[str, Any]:
     row: dict[str, Any] = {"op": case.op, "shape": case.shape}
     for name, form in forms.items():
         torch.compiler.reset()
-        forward = median_ms(partial(_forward, form), inputs)
-        both = median_ms(partial(_forward_backward, form, case), inputs)
-        row[name] = {"forward_ms": forward, "forward_backward_ms": both}
+        row[name] = {"forward_ms": median_ms(partial(_forward, form), inputs)}
+        if case.differentiable:
+            row[name]["forward_backward_ms"] = median_ms(partial(_forward_backward, form, case), inputs)
     fastest = row["ours"]
     row["forward_of_copy_bandwidth"] = case.forward_elements * size / (fastest["forward_ms"] * 1e-3) / bandwidth
     moved = (case.forward_elements + case.backward_elements) * size
-    row["forward_backward_of_copy_bandwidth"] = moved / (fastest["forward_backward_ms"] * 1e-3) / bandwidth
+    if case.differentiable:
+        row["forward_backward_of_copy_bandwidth"] = moved / (fastest["forward_backward_ms"] * 1e-3) / bandwidth
     row["moved_mb"] = moved / 1e6
     times = (f"{name} {row[name]['forward_ms'] * 1e3:.1f} us" for name in forms)
     print(f"{case.op} [{case.shape}]: {', '.join(times)}, {row['forward_of_copy_bandwidth']:.0%} of copy bandwidth")

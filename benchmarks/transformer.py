@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import measured
-from srpo.latents import image_ids
-from srpo_kernels import FluxRollout, patch
+from srpo.latents import image_ids, shifted_sigmas
+from srpo.sampling import integrate
+from srpo_kernels import Float8Rollout, FluxRollout, convert_to_float8, patch
 
-__all__ = ["transformer_results"]
+__all__ = ["float8_results", "transformer_results"]
 
 _TEXT = 512
+_STEPS = 25  # of a rollout, as in SRPO's recipe
 _CONFIG = dict(guidance_embeds=True)  # everything else of FLUX.1-dev is diffusers' default
 
 
@@ -54,6 +56,36 @@ def transformer_results(side: int = 90, batch: int = 1, **changes: Any) -> Itera
             yield from both(f"{form}, {backend}", model)
         del model
         torch.cuda.empty_cache()
+
+
+def float8_results(side: int = 90, batch: int = 1, **changes: Any) -> Iterator[dict[str, Any]]:
+    """bf16 against e4m3 on one model: forward, a rollout of 25 steps, quantising all weights, a training pass."""
+    flops, inputs, calls = _flops(side, batch, changes), _inputs(side, batch, torch.device("cuda")), _STEPS
+    model = _model(changes)
+    patch(model, strict=True)
+    quantized = Float8Rollout(model)
+    yield measured("quantising all weights", "refresh", partial(quantized.refresh, force=True))
+    view: Any
+    for compiled in (False, True):
+        if compiled:
+            torch.compiler.reset()
+            model.compile_repeated_blocks(fullgraph=True)
+            quantized.transformer.compile_repeated_blocks(fullgraph=True)
+        for precision, view in (("bf16", model), ("fp8", quantized)):
+            form = f"{precision}, patched {'compiled' if compiled else 'eager'}"
+            yield measured(form, "forward", partial(_forward, view, inputs), flops)
+            for graph in () if compiled else (False, True):
+                run = partial(_sample, _rollout(view, inputs, graph=graph, steps=calls), inputs["hidden_states"])
+                yield measured(f"{form}{', CUDA graph' if graph else ''}", f"rollout of {calls}", run, calls * flops)
+    del quantized, view, run
+    model = _model(changes)
+    patch(model, strict=True)
+    convert_to_float8(model)
+    yield measured("fp8, patched eager", "forward+backward", partial(_train, model, inputs), 3 * flops)
+
+
+def _sample(rollout: FluxRollout, noise: Tensor) -> Tensor:
+    return integrate(rollout.velocity, noise, shifted_sigmas(_STEPS, 3.0).tolist())
 
 
 def _model(changes: dict[str, Any], device: str = "cuda") -> Any:
@@ -102,12 +134,12 @@ def _train(model: Any, inputs: dict[str, Any]) -> None:
     out.backward(torch.ones_like(out))
 
 
-def _rollout(model: Any, inputs: dict[str, Any], *, graph: bool) -> FluxRollout:
+def _rollout(model: Any, inputs: dict[str, Any], *, graph: bool, steps: int = 2) -> FluxRollout:
     return FluxRollout(
         model,
         inputs["encoder_hidden_states"],
         inputs["pooled_projections"],
-        [1.0, 0.5],
+        shifted_sigmas(steps, 3.0).tolist()[:-1],
         guidance=3.5,
         txt_ids=inputs["txt_ids"],
         img_ids=inputs["img_ids"],

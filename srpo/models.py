@@ -21,14 +21,21 @@ from srpo.errors import InputError
 from srpo.files import has_vocabulary
 from srpo.latents import image_ids, pack, unpack
 from srpo.objective import LatentLayout
-from srpo_kernels import FluxRollout, PatchHandle, patch
+from srpo.text_encoders import CachedTexts
+from srpo_kernels import Float8Rollout, FluxRollout, PatchHandle, convert_to_float8, patch
 
-__all__ = ["Conditioning", "Flux", "Precision", "check_image_size", "check_model_directory"]
+__all__ = ["Conditioning", "Flux", "Precision", "check_image_size", "check_model_directory", "compute_dtype"]
 
-Precision = Literal["fp32", "bf16"]
+#: "fp8-rollout" is bf16 but for the rollouts of training, whose linear layers multiply in e4m3; "fp8" trains in it too.
+Precision = Literal["fp32", "bf16", "fp8-rollout", "fp8"]
 
 _WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 _COMPONENTS = (*_WEIGHTS, "tokenizer", "tokenizer_2", "scheduler")
+
+
+def compute_dtype(precision: Precision) -> torch.dtype:
+    """What everything is computed in that is not e4m3."""
+    return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -46,18 +53,30 @@ class Conditioning:
 class Flux:
     """A loaded FLUX pipeline. Latents are packed tokens [B, S, 4C] in fp32, images [B, 3, H, W] in [0, 1]."""
 
-    def __init__(self, pipeline: FluxPipeline, *, precision: Precision, max_sequence_length: int) -> None:
+    def __init__(
+        self,
+        pipeline: FluxPipeline,
+        *,
+        precision: Precision,
+        max_sequence_length: int,
+        texts: CachedTexts | None = None,
+    ) -> None:
         self.pipeline = pipeline
+        self.texts = texts  # where embeddings come from when the pipeline has no text encoders
         self.precision = precision
         self.max_sequence_length = max_sequence_length
         self.transformer = pipeline.transformer
         self.vae = pipeline.vae
         self.patched: PatchHandle | None = None
-        for frozen in (self.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+        if precision == "fp8":
+            convert_to_float8(self.transformer)
+        self.quantized = Float8Rollout(self.transformer) if precision in ("fp8-rollout", "fp8") else None
+        for frozen in filter(None, (self.vae, pipeline.text_encoder, pipeline.text_encoder_2)):
             frozen.requires_grad_(False).eval()
         # One prompt at a time: an embedding must not depend on which prompts shared its batch,
         # or a resumed run would differ in the last bit.
-        self._encode_prompt = lru_cache(maxsize=2048)(self._encode_prompt)  # type: ignore[method-assign]
+        kept = 2048 if texts is None else 128  # on the device: 4 MB a prompt for FLUX.1-dev
+        self._encode_prompt = lru_cache(maxsize=kept)(self._encode_prompt)  # type: ignore[method-assign]
         self._position_ids = lru_cache(maxsize=8)(self._make_position_ids)
 
     @classmethod
@@ -69,26 +88,33 @@ class Flux:
         precision: Precision = "fp32",
         max_sequence_length: int = 512,
         trainable: bool = False,
-        weights: Precision = "fp32",
+        weights: Literal["fp32", "bf16"] = "fp32",
+        text_cache: str | Path | None = None,
     ) -> Flux:
         """Load the diffusers directory `path`; nothing is downloaded.
 
-        bf16 stores and computes in bf16. A trainable transformer holds `weights`: fp32 (under autocast for bf16), as an
-        update at SRPO's learning rate is smaller than bf16 can add, or bf16 where the optimizer keeps the rest.
+        All precisions but fp32 store and compute in bf16. A trainable transformer holds `weights`: fp32 (under autocast
+        to bf16), as an update at SRPO's learning rate is smaller than bf16 can add, or bf16 where the optimizer keeps
+        the rest.
 
         Raises:
-            InputError: `path` is not a complete FLUX pipeline directory.
+            InputError: `path` is not a complete FLUX pipeline directory, or `text_cache` cannot be used.
         """
-        path = check_model_directory(path)
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        path = check_model_directory(path, text=text_cache is None)
+        dtype = compute_dtype(precision)
         trained = torch.bfloat16 if weights == "bf16" else torch.float32
         dtypes = {"default": dtype, "transformer": trained if trainable else dtype}
+        texts, without = None, {}
+        if text_cache is not None:
+            texts = CachedTexts(text_cache, path, device=device, dtype=dtype, max_sequence_length=max_sequence_length)
+            without = dict.fromkeys(("text_encoder", "text_encoder_2"))
         try:
-            pipeline = FluxPipeline.from_pretrained(path, torch_dtype=dtypes, local_files_only=True).to(device)
+            pipeline = FluxPipeline.from_pretrained(path, torch_dtype=dtypes, local_files_only=True, **without)
+            pipeline.to(device)
         except (OSError, SafetensorError, ValueError) as error:
             raise InputError(f"model directory {path} cannot be loaded: {error}") from None
         pipeline.set_progress_bar_config(disable=True)
-        flux = cls(pipeline, precision=precision, max_sequence_length=max_sequence_length)
+        flux = cls(pipeline, precision=precision, max_sequence_length=max_sequence_length, texts=texts)
         flux.transformer.requires_grad_(trainable)
         return flux
 
@@ -127,6 +153,8 @@ class Flux:
 
     @torch.no_grad()
     def _encode_prompt(self, prompt: str) -> tuple[Tensor, Tensor]:
+        if self.texts is not None:
+            return self.texts.embed(prompt)
         embeds, pooled, _ = self.pipeline.encode_prompt(
             prompt, device=self.device, max_sequence_length=self.max_sequence_length
         )
@@ -154,13 +182,21 @@ class Flux:
         return predicted.to(x_t.dtype)
 
     def trajectory(
-        self, sigmas: Sequence[float], conditioning: Conditioning, guidance: float, size: tuple[int, int]
+        self,
+        sigmas: Sequence[float],
+        conditioning: Conditioning,
+        guidance: float,
+        size: tuple[int, int],
+        *,
+        quantized: bool = False,
     ) -> Callable[[Tensor, int], Tensor]:
         """``(x_t, step) -> velocity`` along noise levels `sigmas`, without gradients, for as long as the weights stay.
 
-        What no step changes is made once when the transformer is patched and whole; otherwise this is `velocity`.
+        What no step changes is made once when the transformer is patched and whole; otherwise this is `velocity`. With
+        `quantized`, linear layers multiply in e4m3 if that is the precision.
         """
-        if FluxRollout.unavailable(self.transformer):
+        model = (self.quantized if quantized else None) or self.transformer
+        if model is self.transformer and FluxRollout.unavailable(self.transformer):
             levels = torch.tensor(sigmas, device=self.device)
             batch = len(conditioning.pooled)
             return lambda x_t, step: self.velocity(x_t, levels[step].expand(batch), conditioning, guidance, size)
@@ -168,7 +204,7 @@ class Flux:
         dtype = self.transformer.dtype
         with self._autocast():
             rollout = FluxRollout(
-                self.transformer,
+                model,
                 conditioning.prompt_embeds.to(dtype),
                 conditioning.pooled.to(dtype),
                 sigmas,
@@ -185,7 +221,7 @@ class Flux:
 
     def _autocast(self) -> torch.autocast:
         """Casts to what the transformer computes in, where that is not what it holds."""
-        enabled = self.precision == "bf16" and self.transformer.dtype == torch.float32
+        enabled = self.precision != "fp32" and self.transformer.dtype == torch.float32
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def _make_position_ids(self, text: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -223,8 +259,10 @@ def check_image_size(height: int, width: int, *, multiple: int) -> None:
             raise InputError(f"{name} must be a positive multiple of {multiple} for this model, got {value}")
 
 
-def check_model_directory(path: str | Path, size: tuple[int, int] | None = None) -> Path:
+def check_model_directory(path: str | Path, size: tuple[int, int] | None = None, *, text: bool = True) -> Path:
     """Check, without loading weights, that `path` is a complete FLUX pipeline directory and can make `size` images.
+
+    It may lack its text encoders unless `text`.
 
     Raises `InputError` naming what is missing or does not fit.
     """
@@ -235,10 +273,11 @@ def check_model_directory(path: str | Path, size: tuple[int, int] | None = None)
     if index.get("_class_name") != "FluxPipeline":
         raise InputError(f"model directory {path} holds a {index.get('_class_name')}, expected a FluxPipeline")
     for component in _COMPONENTS:
-        if not (path / component).is_dir():
+        if (path / component).is_dir():
+            if component in _WEIGHTS:
+                _check_weights(path / component, path)
+        elif text or not component.startswith("text_encoder"):
             raise InputError(f"model directory {path} is incomplete: {component}/ is missing")
-    for component in _WEIGHTS:
-        _check_weights(path / component, path)
     for component in ("tokenizer", "tokenizer_2"):
         if not has_vocabulary(path / component):
             raise InputError(f"model directory {path} is incomplete: {component}/tokenizer.json is missing")

@@ -1,9 +1,10 @@
-"""Images from noise: Euler integration of the model's velocity along the shifted schedule."""
+"""Images from noise: integration of the model's velocity along the shifted schedule."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,7 +13,27 @@ from torch import Tensor
 from srpo.latents import shifted_sigmas
 from srpo.models import Flux
 
-__all__ = ["rollout", "sample_images", "to_uint8"]
+__all__ = ["Solver", "integrate", "rollout", "sample_images", "to_uint8"]
+
+Solver = Literal["euler", "adams2"]
+
+
+def integrate(
+    velocity: Callable[[Tensor, int], Tensor], start: Tensor, sigmas: Sequence[float], solver: Solver = "euler"
+) -> Tensor:
+    """The solution of ``dx/dsigma = velocity(x, step)`` at the last of `sigmas`, from `start` at the first.
+
+    "euler" is of first order. "adams2", Adams and Bashforth's two-step method for steps of any length, is of second at
+    the same cost: after its first step, which is Euler's, it extrapolates from the last two velocities.
+    """
+    x, last_velocity, last_step = start, None, 0.0
+    for index, (sigma, following) in enumerate(pairwise(sigmas)):
+        step, current = following - sigma, velocity(x, index)
+        slope = current
+        if solver == "adams2" and last_velocity is not None:
+            slope = current + (step / last_step / 2) * (current - last_velocity)
+        x, last_velocity, last_step = x + step * slope, current, step
+    return x
 
 
 @torch.no_grad()
@@ -25,20 +46,23 @@ def rollout(
     steps: int,
     shift: float,
     guidance: float,
+    solver: Solver = "euler",
+    quantized: bool = False,
     on_step: Callable[[], None] | None = None,
 ) -> Tensor:
     """Clean packed latents [B, S, 4C] from `noise` of that shape, in fp32.
 
-    `on_step` is called before every model call and may raise to abandon the rollout.
+    `quantized`: see `Flux.trajectory`. `on_step` is called before every model call and may raise to abandon it all.
     """
     sigmas = shifted_sigmas(steps, shift).tolist()
-    velocity = flux.trajectory(sigmas[:-1], flux.encode_prompts(prompts), guidance, size)
-    latents = noise
-    for step, (sigma, following) in enumerate(pairwise(sigmas)):
+    velocity = flux.trajectory(sigmas[:-1], flux.encode_prompts(prompts), guidance, size, quantized=quantized)
+
+    def evaluate(latents: Tensor, step: int) -> Tensor:
         if on_step is not None:
             on_step()
-        latents = latents + (following - sigma) * velocity(latents, step)
-    return latents
+        return velocity(latents, step)
+
+    return integrate(evaluate, noise, sigmas, solver)
 
 
 @torch.no_grad()

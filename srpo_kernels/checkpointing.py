@@ -29,6 +29,7 @@ _KEPT = frozenset(
         "aten::addmm",
         "aten::bmm",
         "aten::_scaled_mm",
+        "srpo::fp8_linear",
         "aten::_scaled_dot_product_flash_attention",
         "aten::_scaled_dot_product_flash_attention_for_cpu",
         "aten::_scaled_dot_product_efficient_attention",

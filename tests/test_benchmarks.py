@@ -21,23 +21,26 @@ from srpo_kernels import patch
 def test_ours_is_what_eager_computes(case: Case) -> None:
     torch.manual_seed(0)
     inputs = case.make()
-    for run in (_forward, partial(_forward_backward, case=case)):
+    allowed = 0.05 if "fp8" in case.op else 0.02  # e4m3 moves a value by 6%, if it moves it
+    for run in (_forward, *([partial(_forward_backward, case=case)] if case.differentiable else [])):
         ours, eager = (_tuple(run(form, inputs=inputs)) for form in (case.ours, case.eager))
         for actual, expected in zip(ours, eager, strict=True):
             assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
             if "NoisePrior" not in case.op:  # drawn otherwise
-                assert (actual - expected).float().norm() <= 0.02 * expected.float().norm()
+                assert (actual.float() - expected.float()).norm() <= allowed * expected.float().norm()
 
 
 @pytest.mark.parametrize("case", cases("cpu", small=True), ids=lambda case: case.op)
 def test_floors_are_what_there_is_to_move(case: Case) -> None:
     """Forward reads every input, GroupNorm twice, and writes every output; vectors are not counted, a tenth here."""
-    inputs = case.make()
+    inputs = {name: tensor for name, tensor in case.make().items() if not name.startswith("plain_")}  # eager's own
     kept = inputs["image"].numel() if case.op == "relative_reward_loss" else 0  # a gradient, for backward
     again = inputs["x"].numel() if case.op == "group_norm_silu" else 0
-    moved = kept + again + sum(tensor.numel() for tensor in (*inputs.values(), *_tuple(_forward(case.eager, inputs))))
+    outputs = _tuple(_forward(case.ours, inputs))
+    sizes = (t.numel() / (2 if t.dtype == torch.float8_e4m3fn else 1) for t in (*inputs.values(), *outputs))
+    moved = kept + again + sum(sizes)
     assert 0.85 * moved <= case.forward_elements <= moved
-    assert case.backward_elements > 0
+    assert bool(case.backward_elements) == bool(case.differentiable)  # or forward only
 
 
 def test_full_size_transformer_is_flux_dev() -> None:

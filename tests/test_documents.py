@@ -30,7 +30,9 @@ def test_ops_page_is_what_the_registry_says() -> None:
 
 def test_every_public_operator_is_described_tested_and_timed() -> None:
     exported = {name for name in srpo_kernels.__all__ if inspect.isfunction(getattr(srpo_kernels, name))}
-    assert exported - {"checkpointed_reward", "extension_status", "patch"} == set(OPS)
+    others = {"checkpointed_reward", "extension_status", "fake_quantize_fp8", "fp8_unsupported", "patch"}
+    others |= {"convert_to_float8", "freeze_float8", "revert_float8"}
+    assert exported - others == set(OPS)
     timed = {case.op.partition(",")[0] for case in cases("cpu", small=True)}
     for name, info in OPS.items():
         assert (ROOT / f"tests/ops/test_{info.function.__module__.rpartition('.')[2]}.py").is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,12 @@ def check_floating(op: str, **tensors: Tensor) -> None:
             raise TypeError(f"{op}: {name} must be a float32, float16 or bfloat16 tensor, got {got}")
         if tensor.device != reference.device:
             raise ValueError(f"{op}: {first} is on {reference.device} but {name} is on {tensor.device}")
+
+
+def check_forward_only(op: str, instead: str, *tensors: Any) -> None:
+    """Raise `RuntimeError` if anyone wants a gradient of `tensors`, which `instead` would give."""
+    if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in tensors):
+        raise RuntimeError(f"{op} is forward only: call it under torch.no_grad(), or use {instead}")
 
 
 def check_row_size(op: str, name: str, tensor: Tensor) -> None:

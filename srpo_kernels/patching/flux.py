@@ -27,6 +27,7 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor, nn
 
+import srpo_kernels as sk
 from srpo_kernels.patching.attention import attend
 from srpo_kernels.patching.eager import choose
 from srpo_kernels.patching.handle import Rule, hooked
@@ -36,22 +37,33 @@ from srpo_kernels.patching.rollout import Modulations, run_blocks
 __all__ = ["rules"]
 
 _FP16_MAX = 65504
+#: The operators that feed linear layers, in e4m3.
+FLOAT8 = SimpleNamespace(
+    layer_norm_modulate=sk.layer_norm_modulate_fp8,
+    gated_residual_layer_norm_modulate=sk.gated_residual_layer_norm_modulate_fp8,
+    gelu_tanh=sk.gelu_tanh_fp8,
+    gelu_concat=sk.gelu_concat_fp8,
+)
 
 
-def rules(selected: Collection[str]) -> list[Rule]:
-    """Rules for the modules that use any of the `selected` operators."""
+def rules(selected: Collection[str], *, float8: bool = False) -> list[Rule]:
+    """Rules for the modules that use any of the `selected` operators.
+
+    With `float8`, what feeds the linear layers of blocks comes in e4m3: see `Float8Rollout`.
+    """
     ops = choose(selected)
+    feeding = FLOAT8 if float8 else ops
     made = [
         Rule(
             AdaLayerNormZero,
-            _ada_layer_norm_zero(ops),
+            _ada_layer_norm_zero(feeding),
             ("layer_norm_modulate",),
             {AdaLayerNormZero.forward: {"7dde3fd906"}},
             lambda module: "it embeds class labels" if module.emb is not None else _affine(module.norm),
         ),
         Rule(
             AdaLayerNormZeroSingle,
-            _ada_layer_norm_zero_single(ops),
+            _ada_layer_norm_zero_single(feeding),
             ("layer_norm_modulate",),
             {AdaLayerNormZeroSingle.forward: {"3f08086109"}},
             lambda module: _affine(module.norm),
@@ -65,7 +77,7 @@ def rules(selected: Collection[str]) -> list[Rule]:
         ),
         Rule(
             GELU,
-            _gelu(ops),
+            _gelu(feeding),
             ("gelu_tanh",),
             {GELU.forward: {"991bb57833"}, GELU.gelu: {"61a22bd046"}},
             lambda module: None if module.approximate == "tanh" else "its GELU is not the tanh approximation",
@@ -84,14 +96,14 @@ def rules(selected: Collection[str]) -> list[Rule]:
         ),
         Rule(
             FluxTransformerBlock,
-            _double_block(ops),
+            _double_block(ops, feeding),
             ("gated_residual", "gated_residual_layer_norm_modulate"),
             {FluxTransformerBlock.forward: {"85cd7ce98b"}},
             lambda module: _affine(module.norm2) or _affine(module.norm2_context),
         ),
         Rule(
             FluxSingleTransformerBlock,
-            _single_block(ops),
+            _single_block(ops, feeding),
             ("gated_residual", "gelu_concat"),
             {FluxSingleTransformerBlock.forward: {"0b116839d6"}},
             lambda module: hooked(module.act_mlp, "act_mlp"),
@@ -220,7 +232,7 @@ def _attention(ops: SimpleNamespace) -> Callable:
     return forward
 
 
-def _double_block(ops: SimpleNamespace) -> Callable:
+def _double_block(ops: SimpleNamespace, feeding: SimpleNamespace) -> Callable:
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -237,10 +249,12 @@ def _double_block(ops: SimpleNamespace) -> Callable:
             image_rotary_emb=image_rotary_emb,
             **(joint_attention_kwargs or {}),
         )
-        hidden_states = _rest(ops, hidden_states, image_branch, image_modulation, self.norm2, self.ff)
+        hidden_states = _rest(ops, feeding, hidden_states, image_branch, image_modulation, self.norm2, self.ff)
         for branch in ip_adapter:
             hidden_states = hidden_states + branch
-        text = _rest(ops, encoder_hidden_states, text_branch, text_modulation, self.norm2_context, self.ff_context)
+        text = _rest(
+            ops, feeding, encoder_hidden_states, text_branch, text_modulation, self.norm2_context, self.ff_context
+        )
         if text.dtype == torch.float16:
             text = text.clip(-_FP16_MAX, _FP16_MAX)
         return text, hidden_states
@@ -249,15 +263,21 @@ def _double_block(ops: SimpleNamespace) -> Callable:
 
 
 def _rest(
-    ops: SimpleNamespace, residual: Tensor, branch: Tensor, modulation: list[Tensor], norm: nn.Module, mlp: nn.Module
+    ops: SimpleNamespace,
+    feeding: SimpleNamespace,
+    residual: Tensor,
+    branch: Tensor,
+    modulation: list[Tensor],
+    norm: nn.Module,
+    mlp: nn.Module,
 ) -> Tensor:
     """A double block's stream from its attention branch on."""
     gate, shift_mlp, scale_mlp, gate_mlp = modulation
-    residual, x = ops.gated_residual_layer_norm_modulate(residual, gate, branch, scale_mlp, shift_mlp, norm.eps)
+    residual, x = feeding.gated_residual_layer_norm_modulate(residual, gate, branch, scale_mlp, shift_mlp, norm.eps)
     return ops.gated_residual(residual, gate_mlp, mlp(x))
 
 
-def _single_block(ops: SimpleNamespace) -> Callable:
+def _single_block(ops: SimpleNamespace, feeding: SimpleNamespace) -> Callable:
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -272,7 +292,7 @@ def _single_block(ops: SimpleNamespace) -> Callable:
         x, gate = self.norm(hidden_states, emb=temb)
         mlp = self.proj_mlp(x)
         attn = self.attn(hidden_states=x, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
-        hidden_states = ops.gated_residual(hidden_states, gate, self.proj_out(ops.gelu_concat(attn, mlp)))
+        hidden_states = ops.gated_residual(hidden_states, gate, self.proj_out(feeding.gelu_concat(attn, mlp)))
         if hidden_states.dtype == torch.float16:
             hidden_states = hidden_states.clip(-_FP16_MAX, _FP16_MAX)
         if not text:  # the joint stream: see run_blocks

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from srpo_kernels.patching.float8_rollout import Float8Rollout
 from srpo_kernels.patching.handle import is_patched
 
 __all__ = ["FluxRollout", "Modulations", "run_blocks"]
@@ -53,7 +54,8 @@ class FluxRollout:
     weights must not change while it is in use.
 
     Args:
-        transformer: a patched `FluxTransformer2DModel` (see `srpo_kernels.patch`) whose parameters are not sharded.
+        transformer: a patched `FluxTransformer2DModel` (see `srpo_kernels.patch`) whose parameters are not sharded, or
+            a `Float8Rollout`, whose weights are quantised anew where they changed.
         prompt_embeds: T5 embeddings [B, L, D_text]. pooled: CLIP's pooled embeddings [B, P].
         timesteps: noise level of every step, in [0, 1]. guidance: its scale, for a guidance-distilled model.
         txt_ids [L, 3], img_ids [S, 3]: positions.
@@ -76,6 +78,9 @@ class FluxRollout:
         guidance: float | None = None,
         graph: bool = False,
     ) -> None:
+        if isinstance(transformer, Float8Rollout):
+            transformer.refresh()
+            transformer = transformer.transformer
         if reason := self.unavailable(transformer):
             raise ValueError(f"FluxRollout: {reason}")
         if graph and prompt_embeds.device.type != "cuda":

@@ -1,0 +1,82 @@
+"""Write the tables of docs/*.md from result files: ``python docs/tables.py``.
+
+A page holds ``<!-- table NAME -->``, the table, and ``<!-- end -->``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results"
+_MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def precision(report: dict[str, Any]) -> str:
+    """Errors of every quantity, a precision a column."""
+    rows = report["quantities"]
+    found = {(row["model"], row["quantity"], row["precision"]): row for row in rows}
+    quantities = dict.fromkeys((row["model"], row["quantity"]) for row in rows)
+    columns = list(dict.fromkeys(row["precision"] for row in rows))
+    header = ["model", "quantity", *(f"{name}: error, 1 - cosine" for name in columns)]
+    lines = []
+    for key in quantities:
+        cells = [found[(*key, column)] for column in columns]
+        lines.append([*key, *(f"{cell['error']:.4f}, {1 - cell['cosine']:.1e}" for cell in cells)])
+    return markdown(header, lines)
+
+
+def training(report: dict[str, Any]) -> str:
+    """Shifts of the demo's training, all seeds of a precision in a row."""
+    rows = report["training"]
+    lines = []
+    for name in dict.fromkeys(row["precision"] for row in rows):
+        mine = [row for row in rows if row["precision"] == name]
+        shifts, accuracies = ([row[key] for row in mine] for key in ("shift", "accuracy"))
+        each = ", ".join(f"{shift:+.2f}" for shift in shifts)
+        lines.append([name, each, f"{mean(shifts):+.2f} ± {stdev(shifts):.2f}", f"{mean(accuracies):.3f}"])
+    return markdown(["precision", "shift by seed (SD)", "mean ± SD", "class accuracy"], lines)
+
+
+def solvers(rows: list[dict[str, Any]]) -> str:
+    """Relative errors, a number of steps a row."""
+    names = list(dict.fromkeys(row["solver"] for row in rows))
+    errors = {(row["solver"], row["steps"]): row["error"] for row in rows}
+    steps = sorted({row["steps"] for row in rows})
+    return markdown(
+        ["steps", *names], [[str(count), *(f"{errors[name, count]:.4f}" for name in names)] for count in steps]
+    )
+
+
+#: By name: the result file and what renders it.
+TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "precision": ("cpu/precision.json", precision),
+    "training": ("cpu/precision.json", training),
+    "solvers": ("cpu/solvers.json", solvers),
+}
+
+
+def filled(page: str) -> str:
+    """`page` with every marked table made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        file, render = TABLES[match[2]]
+        return match[1] + render(json.loads((RESULTS / file).read_text(encoding="utf-8"))) + match[3]
+
+    return _MARKED.sub(table, page)
+
+
+if __name__ == "__main__":
+    for path in sorted((ROOT / "docs").glob("*.md")):
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
