@@ -47,8 +47,9 @@ def optimizer_results(bandwidth: float, device: str = "cuda", sizes: list[torch.
         dtype = torch.float32 if weights == "fp32" else torch.bfloat16
         moved = _WEIGHTS[weights] + _MOMENTS[moments] + dtype.itemsize * (2 if clip else 1)
         held = _WEIGHTS[weights] / 2 + _MOMENTS[moments] / 2 + dtype.itemsize
-
-        make = partial(_ours, weights=weights, moments=moments, max_grad_norm=clip)
+        make: Callable[[list[nn.Parameter]], Callable] = partial(
+            _ours, weights=weights, moments=moments, max_grad_norm=clip
+        )
         name = f"srpo_kernels AdamW {weights} + {moments}{', clip' if clip else ''}"
         yield _row(name, make, _fitting(every, held, device), dtype, moved, bandwidth, device)
     for name, dtype, held, moved, make in _others():

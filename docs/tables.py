@@ -59,10 +59,35 @@ def solvers(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def optimizer_cpu(report: dict[str, Any]) -> str:
+    """ns a parameter, and the speed relative to torch's, by number of threads."""
+    rows = {(row["case"], row["threads"]): row for row in report["optimizer"]}
+    threads = sorted({count for _, count in rows})
+    header = ["step", *(f"{count} thread{'s' * (count > 1)}: ns a parameter, times torch" for count in threads)]
+    lines = []
+    for case in dict.fromkeys(name for name, _ in rows):
+        cells = [rows[case, count] for count in threads]
+        lines.append([case, *(f"{cell['ns_per_parameter']:.2f}, {cell['times_torch']:.2f}" for cell in cells)])
+    return markdown(header, lines)
+
+
+def optimizer_accuracy(rows: list[dict[str, Any]]) -> str:
+    """Errors and gains, a number of steps a column."""
+    steps = sorted({row["steps"] for row in rows})
+    found = {(row["kind"], row["name"], row["steps"]): row for row in rows}
+    lines = []
+    for kind, name in dict.fromkeys((row["kind"], row["name"]) for row in rows):
+        cells = [found[kind, name, count] for count in steps]
+        lines.append([kind, name, *(f"{cell['error']:.4f}, {cell['gain']:.3f}" for cell in cells)])
+    return markdown(["", "", *(f"{count} steps" for count in steps)], lines)
+
+
 #: By name: the result file and what renders it.
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "precision": ("cpu/precision.json", precision),
     "training": ("cpu/precision.json", training),
+    "optimizer_cpu": ("cpu/optimizer.json", optimizer_cpu),
+    "optimizer_accuracy": ("cpu/optimizer_accuracy.json", optimizer_accuracy),
     "solvers": ("cpu/solvers.json", solvers),
 }
 

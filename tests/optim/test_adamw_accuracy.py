@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adamw_cases import LR, PEERS, Float64, displacement_error, gradients, parameters
+from adamw_cases import parameters
 
+from benchmarks.optimizer_accuracy import (
+    LR,
+    Errors,
+    Float64,
+    displacement_error,
+    gradients,
+    moment_errors,
+    peer_errors,
+)
 from srpo_kernels.optim import AdamW
 
 #: Largest relative error of the displacement, and of its gain.
@@ -56,23 +65,7 @@ def test_split32_is_fp32_bit_by_bit(steps: int) -> None:
     assert (half.detach().float() - whole.detach()).abs().max() <= whole.detach().abs().max() * 2.0**-8
 
 
-def _run(moments: list[str], rms: float, steps: int, rows: int = 64, spread: float = 1.0) -> dict[str, tuple]:
-    optimizers = {}
-    for name in moments:
-        parameter = torch.nn.Parameter(torch.zeros(rows, 512))
-        optimizers[name] = AdamW([parameter], LR, weight_decay=0.0, weights="fp32", moments=name)
-    exact = Float64(torch.zeros(rows, 512))
-    for gradient in gradients(rms, steps, rows=rows, spread=spread):
-        exact.step(gradient)
-        for optimizer in optimizers.values():
-            optimizer.param_groups[0]["params"][0].grad = gradient
-            optimizer.step()
-    return {
-        name: displacement_error(optimizer.master_weights()[0], exact.weight) for name, optimizer in optimizers.items()
-    }
-
-
-def _check(found: dict[str, tuple[float, float]]) -> None:
+def _check(found: Errors) -> None:
     for name, (error, gain) in found.items():
         assert error <= LIMITS[name][0], (name, error)
         assert abs(gain - 1) <= LIMITS[name][1], (name, gain)
@@ -80,37 +73,30 @@ def _check(found: dict[str, tuple[float, float]]) -> None:
 
 @pytest.mark.parametrize("rms", [1e-4, 9e-7, 9e-8, 1e-8, 1e-9])
 def test_compressed_moments_for_20_steps(rms: float) -> None:
-    _check(_run(["M4", "M3", "M2"], rms, 20))
+    _check(moment_errors(["M4", "M3", "M2"], rms, 20, rows=64))
 
 
 @pytest.mark.parametrize("rms", [9e-7, 1e-9])
 def test_compressed_moments_for_200_steps(rms: float) -> None:
-    _check(_run(["M4", "M3", "M2"], rms, 200, rows=32))
+    _check(moment_errors(["M4", "M3", "M2"], rms, 200))
 
 
 def test_compressed_moments_with_outliers() -> None:
-    _check(_run(["M4", "M3", "M2"], 9e-7, 100, rows=32, spread=2.0))
+    _check(moment_errors(["M4", "M3", "M2"], 9e-7, 100, spread=2.0))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rms", [1e-4, 9e-7, 9e-8, 1e-8])
 def test_compressed_moments_for_1500_steps(rms: float) -> None:
-    _check(_run(["M4", "M3", "M2"], rms, 1500, rows=32))
+    _check(moment_errors(["M4", "M3", "M2"], rms, 1500))
 
 
 @pytest.mark.parametrize("steps", [20, 200])
 def test_compressed_moments_beat_other_libraries(steps: int) -> None:
     """On the same gradients, at the scale that SRPO clips them to."""
-    rows = 32
-    ours = _run(["M3", "M2"], 9e-7, steps, rows=rows)
-    exact = Float64(torch.zeros(rows, 512))
-    peers = {name: Float64(torch.zeros(rows, 512), first=m, second=v) for name, (m, v) in PEERS.items()}
-    for gradient in gradients(9e-7, steps, rows=rows):
-        for run in (exact, *peers.values()):
-            run.step(gradient)
-    for name, run in peers.items():
-        error, _ = displacement_error(run.weight, exact.weight)
-        assert max(error_ for error_, _ in ours.values()) < error, name
+    ours = moment_errors(["M3", "M2"], 9e-7, steps)
+    for name, (error, _) in peer_errors(9e-7, steps).items():
+        assert max(own for own, _ in ours.values()) < error, name
 
 
 @pytest.mark.parametrize(
