@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import sys
 import warnings
@@ -70,24 +71,17 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _sample(options: argparse.Namespace) -> int:
-    from srpo.config import load_config
-    from srpo.data import read_prompts
-    from srpo.export import checkpoint_of, load_run
-    from srpo.samples import write_samples
+    from srpo.prompts import read_prompts
+    from srpo.samples import open_source, write_samples
 
-    source = Path(options.source)
-    checkpoint = None
-    if source.is_dir():
-        config = load_run(source)
-        checkpoint = None if options.step == 0 else checkpoint_of(source, config, options.step)
-    else:
-        overrides = options.overrides + ([f"model.path={options.model}"] if options.model else [])
-        config = load_config(options.source, overrides)
-    prompts = list(options.prompt) + (read_prompts(options.prompts) if options.prompts else [])
-    out = Path(options.out)
-    written = write_samples(
-        config, checkpoint, prompts, out, count=options.count, seed=options.seed, device=config.run.device
+    source = open_source(
+        options.source, step=options.step, model=options.model, recipe=options.recipe, overrides=options.overrides
     )
+    prompts = list(options.prompt)
+    if options.prompts:
+        prompts += [prompt.text for prompt in read_prompts(options.prompts, source.config.data.control_groups)]
+    out = Path(options.out)
+    written = write_samples(source, prompts, out, count=options.count, seed=options.seed)
     print(f"{written} images in {out}")
     return 0
 
@@ -95,8 +89,38 @@ def _sample(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from srpo.export import export_run
 
-    out = export_run(Path(options.run_directory), Path(options.out), step=options.step, dtype=options.dtype)
-    print(f"exported to {out}; load it with diffusers.FluxPipeline.from_pretrained({str(out)!r})")
+    out = export_run(
+        Path(options.run_directory),
+        Path(options.out),
+        step=options.step,
+        dtype=options.dtype,
+        layout=options.format,
+        shard_gb=options.shard_size,
+    )
+    if options.format == "comfyui":
+        print(f"exported to {out}, for ComfyUI's models/diffusion_models; sample it with --model BASE")
+    else:
+        print(f"exported to {out}; load it with diffusers.FluxPipeline.from_pretrained({str(out)!r})")
+    return 0
+
+
+def _data(options: argparse.Namespace) -> int:
+    from srpo.data_report import data_report
+
+    text, usable = data_report(options.source, options.overrides, options.model)
+    print(text)
+    return 0 if usable else 2
+
+
+def _embed(options: argparse.Namespace) -> int:
+    from srpo.config import load_config
+    from srpo.embed import embed_prompts
+
+    overrides = options.overrides + ([f"model.path={options.model}"] if options.model else [])
+    config = load_config(options.recipe, overrides)
+    done = embed_prompts(config, options.out, shard=options.shard, report=lambda line: print(line, flush=True))
+    redone = f", {done.damaged} damaged shards deleted" if done.damaged else ""
+    print(f"{done.prompts} prompts in {done.directory}: {done.computed} computed by this process{redone}")
     return 0
 
 
@@ -106,6 +130,23 @@ def _demo(options: argparse.Namespace) -> int:
     free = (Path(f"runs/demo-{number}") for number in itertools.count(1))
     out = Path(options.out) if options.out else next(path for path in free if not path.exists())
     return run_demo(out, options.control)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from srpo.config import load_config
+    from srpo.hardware import parse_gpu
+    from srpo.plan import make_plan
+
+    overrides = options.overrides + ([f"model.path={options.model}"] if options.model else [])
+    config, gpu = load_config(options.recipe, overrides), parse_gpu(options.gpu)
+    plan = make_plan(options.recipe, config, gpu, options.count, results=Path(options.results))
+    if options.json:
+        try:
+            Path(options.json).write_text(json.dumps(plan.as_dict(), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{options.json} cannot be written: {error}") from None
+    print(plan)
+    return 0
 
 
 def _tiny_build(options: argparse.Namespace) -> int:
@@ -144,24 +185,52 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in run.dir")
     train.set_defaults(run=_train)
 
-    sample = commands.add_parser("sample", help="write images from a base model or a run's checkpoint")
-    sample.add_argument("source", help="run directory, or a recipe for its base model")
+    sample = commands.add_parser("sample", help="write images from a base model, a run's checkpoint or an export")
+    sample.add_argument("source", help="run, exported directory or file, or a recipe for its base model")
     sample.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
     sample.add_argument("--model", help="pipeline directory, instead of the recipe's model.path")
+    sample.add_argument("--recipe", help="how to sample a pipeline or file that holds no recipe")
     sample.add_argument("--step", type=int, help="which checkpoint of the run (default the newest; 0: the base model)")
     sample.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
-    sample.add_argument("--prompts", help="file with one prompt a line (default: the prompts of the recipe)")
+    sample.add_argument("--prompts", help="prompt file (default: the prompts of the recipe)")
     sample.add_argument("--count", type=_positive, default=1, help="images for each prompt (default %(default)s)")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--out", required=True, help="new directory for the images")
     sample.set_defaults(run=_sample)
 
-    export = commands.add_parser("export", help="write a checkpoint as a diffusers pipeline")
+    data = commands.add_parser("data", help="check prompts and images without training")
+    data.add_argument("source", help="recipe, prompt file (txt, jsonl, csv, parquet), image folder or image list")
+    data.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
+    data.add_argument("--model", help="pipeline directory whose tokenizers count tokens")
+    data.set_defaults(run=_data)
+
+    embed = commands.add_parser("embed", help="precompute the text embeddings of a recipe's prompts")
+    embed.add_argument("recipe", help="YAML file, or the name of a shipped recipe")
+    embed.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
+    embed.add_argument("--model", help="pipeline directory, instead of the recipe's model.path")
+    embed.add_argument("--out", help="directory of the cache (default: the recipe's model.text_cache)")
+    embed.add_argument("--shard", type=_positive, default=64, help="prompts in a file (default %(default)s)")
+    embed.set_defaults(run=_embed)
+
+    export = commands.add_parser("export", help="write a checkpoint for diffusers or ComfyUI")
     export.add_argument("run_directory", metavar="run", help="run directory")
-    export.add_argument("--out", required=True, help="new directory")
+    export.add_argument("--out", required=True, help="new directory; for comfyui a new .safetensors file")
+    export.add_argument("--format", choices=("diffusers", "comfyui"), default="diffusers", help="default %(default)s")
     export.add_argument("--step", type=int, help="which checkpoint (default the newest)")
-    export.add_argument("--dtype", choices=("fp32", "bf16"), help="of the transformer (default: the run's precision)")
+    dtypes = ("fp32", "bf16", "fp8")
+    export.add_argument("--dtype", choices=dtypes, help="of the transformer; fp8: comfyui (default the run's precision)")
+    export.add_argument("--shard-size", type=float, metavar="GB", help="diffusers: files of at most this (default 10)")
     export.set_defaults(run=_export)
+
+    plan = commands.add_parser("plan", help="memory and time that a recipe needs on given GPUs; runs without any")
+    plan.add_argument("recipe", help="YAML file, or the name of a shipped recipe")
+    plan.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
+    plan.add_argument("--model", help="pipeline directory, instead of the recipe's model.path")
+    plan.add_argument("--gpu", required=True, help="H20, H100, H200, A100, B200, or memory_gb=..,bf16_tflops=..,...")
+    plan.add_argument("--count", type=int, default=1, help="GPUs (default %(default)s)")
+    plan.add_argument("--results", default="benchmarks/results", help="measurements (default %(default)s)")
+    plan.add_argument("--json", help="also write the plan to this file")
+    plan.set_defaults(run=_plan)
 
     tiny = commands.add_parser("tiny", help="the tiny world's own files").add_subparsers(required=True, metavar="what")
     build = tiny.add_parser("build", help="train the tiny pipeline and reward afresh, as shipped")

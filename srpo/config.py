@@ -13,12 +13,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
-from srpo.data import control_group
+from srpo.controls import ControlGroup, ControlPhase, control_group, parse_groups, parse_schedule
 from srpo.errors import InputError
 from srpo.models import Precision
 from srpo.objective import SRPOConfig
 from srpo.optimizer import OptimizerConfig
 from srpo.rewards import RewardConfig
+from srpo.sampling import Solver
 from srpo_kernels.patching import PATCHABLE
 
 __all__ = ["DataConfig", "ModelConfig", "RunConfig", "TrainConfig", "dump_config", "find_recipe", "load_config"]
@@ -36,6 +37,7 @@ class ModelConfig:
     path: str
     precision: Precision = "fp32"
     max_sequence_length: int = 512  # T5 tokens
+    text_cache: str | None = None  # directory of prompt embeddings (`srpo embed`) that runs may share; null: in memory
     kernels: Kernels = "auto"  # operators of srpo_kernels to patch in: all that fit, none, or a list of them
     # What transformer blocks keep for backward (srpo_kernels.checkpointing). Not none: nothing of the image path.
     checkpointing: Literal["none", "selective", "block", "auto"] = "none"
@@ -55,10 +57,15 @@ class DataConfig:
     """Where prompts and real images come from."""
 
     mode: Literal["online", "offline", "mixed"] = "online"  # x0 from a rollout, from real images, or from either
-    prompts: str | None = None  # text file, one prompt a line (online, mixed)
-    images: str | None = None  # folder with metadata.jsonl (offline, mixed)
+    prompts: str | None = None  # txt, jsonl, csv or parquet file (online, mixed)
+    images: str | None = None  # folder with metadata.jsonl, or a jsonl file (offline, mixed)
     offline_fraction: float = 0.5  # mixed: chance that a batch holds real images
-    control_group: str | None = None  # named control words; replaces srpo.positive_controls and negative_controls
+    # Named control words, or phases [{group, start: first update}]; replaces srpo.positive_ and negative_controls.
+    control_group: str | tuple[ControlPhase, ...] | None = None
+    control_groups: dict[str, ControlGroup] | None = None  # groups of one's own: {name: {positive, negative}}
+    max_bad_fraction: float = 0.01  # of the images that may be unusable; they are skipped and listed
+    max_upscale: float = 1.0  # an image that must be enlarged more than this is unusable
+    latent_cache: str | None = None  # directory of the images' VAE latents that runs may share; null: encoded when used
 
     def __post_init__(self) -> None:
         if self.mode != "offline" and self.prompts is None:
@@ -67,6 +74,10 @@ class DataConfig:
             raise ValueError(f"data.images is needed in {self.mode} mode")
         if not 0 <= self.offline_fraction <= 1:
             raise ValueError(f"data.offline_fraction must be in [0, 1], got {self.offline_fraction}")
+        if not 0 <= self.max_bad_fraction < 1:
+            raise ValueError(f"data.max_bad_fraction must be in [0, 1), got {self.max_bad_fraction}")
+        if not self.max_upscale > 0:
+            raise ValueError(f"data.max_upscale must be positive, got {self.max_upscale}")
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,7 @@ class RunConfig:
     device: str = "auto"  # auto: a GPU when there is one
     micro_batch: int = 1  # images per model call and branch, on each rank
     draws_per_rollout: int = 1  # timestep draws that share one clean batch
+    rollout_solver: Solver = "euler"  # adams2: second order, so fewer srpo.rollout_steps for the same error
     save_every: int = 5  # updates between checkpoints
     keep: int = 2  # checkpoints kept
     sample_every: int = 5  # updates between sample grids; 0: none
@@ -107,7 +119,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.model.precision == "fp32" and self.optimizer.model_weights("fp32") != "fp32":
             weights = self.optimizer.weights
-            raise ValueError(f"optimizer.weights {weights} trains bf16 weights, which needs model.precision bf16")
+            raise ValueError(
+                f"optimizer.weights {weights} trains bf16 weights, which model.precision fp32 does not have"
+            )
 
 
 def find_recipe(name: str) -> Path:
@@ -149,17 +163,23 @@ def dump_config(config: TrainConfig) -> str:
 
 
 def _with_presets(values: dict[str, Any]) -> dict[str, Any]:
-    """Replace the two keys that stand for several: `srpo.preset` and `data.control_group`."""
-    objective, data = dict(values.get("srpo", {})), values.get("data", {})
+    """Replace the two keys that stand for several: `srpo.preset` and `data.control_group`.
+
+    Of a schedule of control words, `srpo` gets those that it starts with.
+    """
+    objective, data = dict(values.get("srpo", {})), dict(values.get("data", {}))
     if "preset" in objective:
         try:
             preset = SRPOConfig.preset(objective.pop("preset"))
         except ValueError as error:
             raise InputError(f"srpo.{error}") from None
         objective = {**dataclasses.asdict(preset), **objective}
-    if data.get("control_group") is not None:
-        objective["positive_controls"], objective["negative_controls"] = control_group(data["control_group"])
-    return {**values, "srpo": objective}
+    data["control_groups"] = groups = parse_groups(data.get("control_groups"))
+    data["control_group"] = schedule = parse_schedule(data.get("control_group"), groups)
+    if schedule is not None:
+        first = control_group(schedule if isinstance(schedule, str) else schedule[0].group, groups)
+        objective["positive_controls"], objective["negative_controls"] = first.positive, first.negative
+    return {**values, "srpo": objective} | ({"data": data} if "data" in values else {})
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

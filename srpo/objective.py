@@ -216,7 +216,7 @@ def srpo_loss(
     noise: Tensor,
     captions: Sequence[str],
     *,
-    controls: tuple[str, str],
+    controls: tuple[str, str] | Sequence[tuple[str, str]],
     branches: Sequence[Branch],
     velocity: Callable[[Tensor, Tensor], Tensor],
     decode: Callable[[Tensor], Tensor],
@@ -231,7 +231,8 @@ def srpo_loss(
 
     Args:
         x0: clean latents [B, ...]; noise: their noise, [B, ...] or one image [1, ...] shared by the batch.
-        captions: B captions. controls: the (positive, negative) control word put before each (`with_control`).
+        captions: B captions. controls: the (positive, negative) control word put before each (`with_control`), or B
+            such pairs, one for each caption.
         branches: the K branches to average.
         velocity: ``(x_t [K*B, ...], sigma [K*B]) -> v [K*B, ...]``, branch-major.
         decode: ``x0_hat [K*B, ...] -> images [K*B, 3, H, W]`` in [0, 1].
@@ -246,13 +247,16 @@ def srpo_loss(
             decode and score this many images at a time (default all).
 
     Raises:
-        ValueError: no branches, or `captions` does not have B entries.
+        ValueError: no branches, or `captions` or `controls` does not have B entries.
     """
     batch, count = x0.shape[0], len(branches)
     if count == 0:
         raise ValueError("srpo_loss: branches must name at least one branch")
     if len(captions) != batch:
         raise ValueError(f"srpo_loss: captions must have one entry per image ({batch}), got {len(captions)}")
+    pairs: list[Any] = [controls] * batch if isinstance(controls[0], str) else list(controls)
+    if len(pairs) != batch:
+        raise ValueError(f"srpo_loss: controls must be one pair, or one per image ({batch}), got {len(pairs)}")
 
     def per_branch(values: list[float]) -> Tensor:
         """[B, K]"""
@@ -263,8 +267,15 @@ def srpo_loss(
         """[K*B]"""
         return per_branch(values).T.reshape(-1)
 
-    positive = [with_control(controls[branch.swap_prompts], caption) for branch in branches for caption in captions]
-    negative = [with_control(controls[not branch.swap_prompts], caption) for branch in branches for caption in captions]
+    def prompts(negative: bool) -> list[str]:
+        """One for each row, the wanted word put before its caption; a branch that swaps its prompts takes the other."""
+        return [
+            with_control(words[branch.swap_prompts ^ negative], caption)
+            for branch in branches
+            for words, caption in zip(pairs, captions, strict=True)
+        ]
+
+    positive, negative = prompts(False), prompts(True)
     kappa = per_row([branch.kappa for branch in branches])
     sign = per_row([-1.0 if branch.swap_prompts else 1.0 for branch in branches])
 

@@ -11,12 +11,13 @@ from srpo.checkpoint import Checkpoints
 from srpo.config import TrainConfig, dump_config
 from srpo.errors import InputError
 
-__all__ = ["CONFIG_NAME", "updates_done", "write_config"]
+__all__ = ["CONFIG_NAME", "updates_done", "write_bad_images", "write_config"]
 
 CONFIG_NAME = "config.yaml"
 
 #: Keys that may change when a run is resumed: they do not change what an update computes.
-_FREE = {"srpo.updates", "reward.text_cache"} | {
+_CACHES = {"reward.text_cache", "model.text_cache", "data.latent_cache"}
+_FREE = {"srpo.updates", "data.max_bad_fraction", *_CACHES} | {
     f"run.{name}"
     for name in ("dir", "device", "tensorboard", "save_every", "keep", "sample_every", "sample_count", "sample_steps")
 }
@@ -54,6 +55,15 @@ def write_config(directory: Path, config: TrainConfig) -> None:
     temporary = directory / f".{CONFIG_NAME}.tmp"
     temporary.write_text(dump_config(config), encoding="utf-8")
     temporary.replace(directory / CONFIG_NAME)
+
+
+def write_bad_images(directory: Path, images: list[str]) -> None:
+    """Leave the list of images that a run does not use in its directory; none when all are used."""
+    file = directory / "bad_images.txt"
+    if images:
+        file.write_text("\n".join(images) + "\n", encoding="utf-8")
+    else:
+        file.unlink(missing_ok=True)
 
 
 def _check_same(old: str, config: TrainConfig, what: str) -> None:

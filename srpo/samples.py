@@ -1,73 +1,150 @@
-"""Sampling to files."""
+"""Sampling to files, from whatever holds a model: a recipe, a run, an export."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from PIL import Image
 
 from srpo.assets import resolve_asset
 from srpo.checkpoint import load_weights
-from srpo.config import TrainConfig
-from srpo.data import read_prompts
+from srpo.config import TrainConfig, load_config
 from srpo.distributed import Ranks
 from srpo.errors import InputError
+from srpo.export import RECIPE_KEY, RECIPE_NAME, checkpoint_of, load_run
 from srpo.files import new_directory
 from srpo.images import save_grid
 from srpo.models import Flux, check_model_directory
+from srpo.prompts import read_prompts
 from srpo.randomness import generator
+from srpo.rundir import CONFIG_NAME
 from srpo.sampling import sample_images, to_uint8
+from srpo.single_file import read_single_file, single_file_metadata
 
-__all__ = ["write_samples"]
+__all__ = ["Source", "load_flux", "open_source", "write_samples"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to sample: `config`, with the model and how it is sampled, and the transformer's weights.
+
+    `weights` are a checkpoint directory or a single file; None: those of the model itself.
+    """
+
+    config: TrainConfig
+    weights: Path | None = None
+
+
+def open_source(
+    source: str | Path,
+    *,
+    step: int | None = None,
+    model: str | Path | None = None,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Source:
+    """What `source` holds; no weights are read yet.
+
+    Args:
+        source: a run directory; a pipeline directory or a single file, exported or not; or a recipe, for its base model.
+        step: of a run: which checkpoint; default the newest, 0 the base model.
+        model: the pipeline directory whose other components, or all, are used, instead of the recipe's ``model.path``.
+        recipe: how to sample a pipeline or a file that was not exported by srpo, or otherwise than its own recipe says.
+        overrides: ``section.key=value`` changes to the recipe.
+
+    Raises `InputError`, naming the argument.
+    """
+    path = Path(source)
+    changes = [*overrides, *([_override("model.path", model)] if model is not None else [])]
+    run = path.is_dir() and (path / CONFIG_NAME).is_file()
+    exported = (path / "model_index.json").is_file() or (path.is_file() and path.suffix == ".safetensors")
+    if step is not None and not run:
+        raise InputError(f"--step is for a run directory, which {path} is not")
+    if recipe is not None and (run or not exported):
+        raise InputError(f"--recipe is for a pipeline directory or a single file, which {path} is not")
+    if run:
+        config = load_run(path, changes)
+        return Source(config, None if step == 0 else checkpoint_of(path, config, step))
+    if path.is_dir():
+        if not exported:
+            raise InputError(f"{path} is neither a run directory ({CONFIG_NAME}) nor a pipeline (model_index.json)")
+        if model is not None:
+            raise InputError(f"--model and {path}: a pipeline directory is a whole model")
+        return Source(_recipe_of_pipeline(path, recipe, [*changes, _override("model.path", path)]))
+    if exported:
+        config = _recipe_of_file(path, recipe, changes)
+        if not resolve_asset(config.model.path, "pipeline").is_dir():
+            raise InputError(
+                f"{path} holds a transformer only, and its base model {config.model.path} is not here: give --model"
+            )
+        return Source(config, path)
+    return Source(load_config(path if path.is_file() else str(source), changes))
+
+
+def load_flux(source: Source, *, device: str | None = None) -> Flux:
+    """The model of `source`, to sample with. Raises `InputError` when it cannot be used."""
+    config = source.config
+    objective, cache = config.srpo, config.model.text_cache
+    model = resolve_asset(config.model.path, "pipeline")
+    flux = Flux.load(
+        check_model_directory(model, (objective.height, objective.width), text=cache is None),
+        device=Ranks.join(device or config.run.device).device,
+        precision=config.model.precision,
+        max_sequence_length=config.model.max_sequence_length,
+        text_cache=cache,
+    )
+    if source.weights is not None:
+        weights = load_weights(source.weights) if source.weights.is_dir() else read_single_file(source.weights)
+        try:
+            flux.transformer.load_state_dict(weights)
+        except RuntimeError as error:
+            first = str(error).strip().splitlines()[-1].strip()
+            raise InputError(f"{source.weights} does not fit the model {model}: {first}") from None
+    return flux
 
 
 def write_samples(
-    config: TrainConfig,
-    checkpoint: Path | None,
+    source: Source,
     prompts: Sequence[str],
     out: Path,
     *,
     count: int,
     seed: int,
-    device: str,
+    device: str | None = None,
 ) -> int:
     """Write `count` PNGs for every prompt, ``grid.png`` and ``metadata.jsonl`` to the new directory `out`.
 
-    The directory is a valid image folder for offline training. `checkpoint` None samples the base model; no
-    `prompts` takes the config's. Returns the number of images.
+    The directory is a valid image folder for offline training. No `prompts` takes the config's, no `device` also.
+    Returns the number of images.
 
     Raises `InputError` when the model or prompts cannot be used.
     """
-    objective = config.srpo
+    config, objective = source.config, source.config.srpo
     size = (objective.height, objective.width)
     if not prompts and config.data.prompts is None:
         raise InputError("no prompts: give --prompt or --prompts (the recipe's data.prompts is empty)")
-    prompts = list(prompts) or read_prompts(resolve_asset(str(config.data.prompts), "prompts.txt"))
+    if not prompts:
+        path = resolve_asset(str(config.data.prompts), "prompts.txt")
+        prompts = [prompt.text for prompt in read_prompts(path, config.data.control_groups)]
     repeated = [prompt for prompt in prompts for _ in range(count)]
-    model = check_model_directory(resolve_asset(config.model.path, "pipeline"), size)
-    flux = Flux.load(
-        model,
-        device=Ranks.join(device).device,
-        precision=config.model.precision,
-        max_sequence_length=config.model.max_sequence_length,
-    )
-    if checkpoint is not None:
-        flux.transformer.load_state_dict(load_weights(checkpoint))
-    noise = flux.noise(len(repeated), *size, generator(seed, 0, 0, "sample"))
-    images = sample_images(
-        flux,
-        noise,
-        repeated,
-        batch=config.run.micro_batch,
-        size=size,
-        steps=config.run.sample_steps,
-        shift=objective.shift,
-        guidance=objective.guidance,
-    )
     lines = []
     with new_directory(out) as temporary:
+        flux = load_flux(source, device=device)
+        noise = flux.noise(len(repeated), *size, generator(seed, 0, 0, "sample"))
+        images = sample_images(
+            flux,
+            noise,
+            repeated,
+            batch=config.run.micro_batch,
+            size=size,
+            steps=config.run.sample_steps,
+            shift=objective.shift,
+            guidance=objective.guidance,
+        )
         for index, (prompt, pixels) in enumerate(zip(repeated, to_uint8(images), strict=True)):
             name = f"{index:05d}.png"
             Image.fromarray(pixels).save(temporary / name)
@@ -75,3 +152,24 @@ def write_samples(
         (temporary / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         save_grid(images, temporary / "grid.png", columns=count if count > 1 else None)
     return len(repeated)
+
+
+def _recipe_of_pipeline(path: Path, recipe: str | None, overrides: Sequence[str]) -> TrainConfig:
+    if recipe is None and not (path / RECIPE_NAME).is_file():
+        raise InputError(f"pipeline {path} holds no {RECIPE_NAME}, so give --recipe for how to sample it")
+    return load_config(recipe if recipe is not None else path / RECIPE_NAME, overrides)
+
+
+def _recipe_of_file(path: Path, recipe: str | None, overrides: Sequence[str]) -> TrainConfig:
+    if recipe is not None:
+        return load_config(recipe, overrides)
+    text = single_file_metadata(path).get(RECIPE_KEY)
+    if text is None:
+        raise InputError(f"{path} holds no recipe, so give --recipe for how to sample it")
+    with TemporaryDirectory() as temporary:
+        (Path(temporary) / RECIPE_NAME).write_text(text, encoding="utf-8")
+        return load_config(Path(temporary) / RECIPE_NAME, overrides)
+
+
+def _override(key: str, value: str | Path) -> str:
+    return f"{key}={json.dumps(str(value))}"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -16,22 +18,24 @@ from torch import Tensor
 from srpo.assets import resolve_asset
 from srpo.checkpoint import Checkpoints, load_optimizer_tensors, optimizer_tensors
 from srpo.config import TrainConfig, dump_config
-from srpo.data import CaptionedImage, load_image, order, read_images, read_prompts
+from srpo.data import BadImageError, CaptionedImage
 from srpo.distributed import Ranks
 from srpo.errors import InputError
 from srpo.images import save_grid
-from srpo.models import Flux, check_model_directory
+from srpo.models import Flux, check_model_directory, compute_dtype
 from srpo.objective import branches, draw_timestep, srpo_loss, with_control
 from srpo.optimizer import load_optimizer, take_step
+from srpo.prompts import Prompt
 from srpo.randomness import generator
 from srpo.rewards import CosineReward, load_reward
-from srpo.rundir import updates_done, write_config
+from srpo.rundir import updates_done, write_bad_images, write_config
 from srpo.runlog import RunLog
 from srpo.sampling import rollout, sample_images
 from srpo.signals import Stop, StopRequestedError
+from srpo.sources import Sources
 from srpo_kernels.checkpointing import FluxPolicy, flux_policy, free_memory
 
-__all__ = ["NonFiniteError", "Trainer"]
+__all__ = ["NonFiniteError", "Trainer", "clean_batches"]
 
 
 class NonFiniteError(RuntimeError):
@@ -46,7 +50,7 @@ class _Draw:
     branch_losses: Tensor  # [K]
     scores: Tensor  # [K, B]
     branches: tuple[str, ...]
-    captions: list[str]
+    captions: list[Prompt]
     timestep: int
 
     def non_finite(self) -> str | None:
@@ -56,7 +60,7 @@ class _Draw:
             return None
         branch, row = bad[0]
         score = self.scores[branch, row].item()
-        return f"the {self.branches[branch]} branch scored {score} for prompt {self.captions[row]!r}"
+        return f"the {self.branches[branch]} branch scored {score} for prompt {self.captions[row].text!r}"
 
 
 class Trainer:
@@ -76,15 +80,15 @@ class Trainer:
         objective, run = config.srpo, config.run
         self.ranks = Ranks.join(run.device)
         self.size = (objective.height, objective.width)
-        self.clean_batches = _clean_batches(config, self.ranks.world)
-        model = check_model_directory(resolve_asset(config.model.path, "pipeline"), self.size)
-        self.prompts = read_prompts(resolve_asset(config.data.prompts, "prompts.txt")) if config.data.prompts else []
-        self.images: list[CaptionedImage] = read_images(config.data.images) if config.data.images else []
+        self.clean_batches = clean_batches(config, self.ranks.world)
+        path = resolve_asset(config.model.path, "pipeline")
+        model = check_model_directory(path, self.size, text=config.model.text_cache is None)
+        self.sources = Sources(config, model)
         self.directory = Path(run.dir)
         self.checkpoints = Checkpoints(self.directory / "checkpoints", run.keep)
         self.start = updates_done(self.directory, config, self.checkpoints, resume=resume)
 
-        dtype = torch.bfloat16 if config.model.precision == "bf16" else torch.float32
+        dtype = compute_dtype(config.model.precision)
         self.reward = load_reward(config.reward, objective, device=self.ranks.device, dtype=dtype)
         _check_threshold(config, self.reward)
         self.flux = Flux.load(
@@ -94,7 +98,9 @@ class Trainer:
             max_sequence_length=config.model.max_sequence_length,
             trainable=True,
             weights=config.optimizer.model_weights(config.model.precision),
+            text_cache=config.model.text_cache,
         )
+        self._prepare_texts()
         self.flux.patch(config.model.kernels)
         self.policy = self._checkpointing_policy()
         named = dict(self.flux.transformer.named_parameters())
@@ -113,6 +119,8 @@ class Trainer:
             load_optimizer_tensors(self.optimizer, self.names, state)
         if self.ranks.is_main:
             write_config(self.directory, config)
+            write_bad_images(self.directory, self.sources.bad_images())
+            self.sources.warn()
         self.ranks.barrier()
 
     def _checkpointing_policy(self) -> FluxPolicy:
@@ -128,7 +136,7 @@ class Trainer:
             config.model.checkpointing,
             batch=2 * config.run.micro_batch,  # both branches go through the model together
             tokens=height * width // 4 + config.model.max_sequence_length,
-            dtype=torch.bfloat16 if config.model.precision == "bf16" else torch.float32,
+            dtype=compute_dtype(config.model.precision),
             free=free,
         )
 
@@ -151,6 +159,7 @@ class Trainer:
                 if log is not None:
                     kernels = self.flux.patched.report() if self.flux.patched else "off"
                     log.event("start", step=step, updates=total, kernels=kernels, checkpointing=str(self.policy))
+                    log.event("data", step=step, **self.sources.record())
                 if step == 0:
                     self._sample(0)
                 while step < total and not self.ranks.any(stop.signal is not None):
@@ -203,34 +212,49 @@ class Trainer:
             self.ranks.average(parameter.grad for parameter in self.parameters if parameter.grad is not None)
             stepped = take_step(self.optimizer, self.config.srpo.max_grad_norm)
             if not math.isfinite(stepped["grad_norm"]):
-                prompts = ", ".join(sorted({caption for draw in draws for caption in draw.captions}))
+                prompts = ", ".join(sorted({caption.text for draw in draws for caption in draw.captions}))
                 raise NonFiniteError(
                     f"update {step + 1}: the gradient norm is {stepped['grad_norm']} (prompts: {prompts})"
                 )
         return self._record(step, draws, stepped, seconds)
 
-    def _chosen(self, step: int, index: int) -> tuple[list[str], list[Path]]:
-        """Captions of a clean batch, and the files of its images: none when it is a rollout's."""
-        run, data, rank = self.config.run, self.config.data, self.ranks.rank
+    def _chosen(self, step: int, index: int) -> tuple[list[Prompt], list[CaptionedImage]]:
+        """Captions of a clean batch, and its images: none when it is a rollout's."""
+        run, rank = self.config.run, self.ranks.rank
         first = ((step * self.ranks.world + rank) * self.clean_batches + index) * run.micro_batch
         positions = range(first, first + run.micro_batch)
-        coin = torch.rand((), generator=generator(run.seed, step, rank, f"mode/{index}"))
-        if data.mode == "offline" or (data.mode == "mixed" and coin < data.offline_fraction):
-            images = [self.images[item] for item in order(len(self.images), positions, run.seed)]
-            return [image.caption for image in images], [image.path for image in images]
-        return [self.prompts[item] for item in order(len(self.prompts), positions, run.seed)], []
+        return self.sources.at(positions, generator(run.seed, step, rank, f"mode/{index}"))
 
-    def _embed_texts(self, step: int, captions: list[str]) -> None:
+    def _controls(self, step: int, captions: list[Prompt]) -> list[tuple[str, str]]:
+        """The control words of each caption."""
+        return [self.sources.controls.pair(step, caption.positive, caption.negative) for caption in captions]
+
+    def _prepare_texts(self) -> None:
+        """Have all that this rank will encode in the cache on disk, so that no text encoder stays in memory."""
+        if self.flux.texts is None:
+            return
+        batches = product(range(self.start, self.config.srpo.updates), range(self.clean_batches))
+        texts = [caption.text for batch in batches for caption in self._chosen(*batch)[0]]
+        if self.ranks.is_main and self.config.run.sample_every:
+            texts += self.sources.sample_prompts(self.config.run.sample_count)
+        try:
+            self.flux.texts.prepare(texts)
+        except OSError as error:
+            warnings.warn(f"text cache {self.config.model.text_cache} cannot be written: {error}", stacklevel=2)
+
+    def _embed_texts(self, step: int, captions: list[Prompt]) -> None:
         """Have every text that a clean batch's rollout and draws ask for cached: no text tower runs in them."""
         objective = self.config.srpo
-        self.flux.encode_prompts(captions)
+        texts = [caption.text for caption in captions]
+        self.flux.encode_prompts(texts)
         if objective.form == "image_only":
-            self.reward.embed_prompts(captions)
+            self.reward.embed_prompts(texts)
         else:
-            words = objective.controls(step)  # each branch's positive one is the other's negative one
-            self.reward.embed_prompts([with_control(word, caption) for word in words for caption in captions])
+            # Each branch's positive word is the other's negative one.
+            pairs = zip(texts, self._controls(step, captions), strict=True)
+            self.reward.embed_prompts([with_control(word, text) for text, words in pairs for word in words])
 
-    def _clean_batch(self, step: int, index: int, check: Callable[[], None]) -> tuple[Tensor, Tensor, list[str]]:
+    def _clean_batch(self, step: int, index: int, check: Callable[[], None]) -> tuple[Tensor, Tensor, list[Prompt]]:
         """Clean latents, their noise and captions: from a rollout of that noise, or from real images."""
         objective, run, rank = self.config.srpo, self.config.run, self.ranks.rank
         count = run.micro_batch
@@ -239,31 +263,38 @@ class Trainer:
         else:
             noise = self.flux.noise(count, *self.size, generator(run.seed, step, rank, f"noise/{index}"))
 
-        captions, files = self._chosen(step, index)
-        if files:
-            return (
-                self.flux.encode_images(torch.stack([load_image(file, self.size) for file in files])),
-                noise,
-                captions,
-            )
+        captions, images = self._chosen(step, index)
+        while images:
+            latents = []
+            try:
+                for image in images:
+                    latents.append(self.sources.image_latents(image, self.flux.encode_images).to(noise.device))
+                return torch.cat(latents), noise, captions
+            except BadImageError as error:  # since it was checked: the one that resuming would find in its place
+                warnings.warn(f"{image.path} {error}; another image takes its place", stacklevel=2)
+                self.sources.reject(image, str(error))
+                captions, images = self._chosen(step, index)
         x0 = rollout(
             self.flux,
             noise.expand(count, -1, -1),
-            captions,
+            [caption.text for caption in captions],
             size=self.size,
             steps=objective.rollout_steps,
             shift=objective.shift,
             guidance=objective.rollout_guidance,
+            solver=run.rollout_solver,
+            quantized=True,
             on_step=check,
         )
         return x0, noise, captions
 
-    def _draw(self, step: int, name: str, x0: Tensor, noise: Tensor, captions: list[str]) -> _Draw:
+    def _draw(self, step: int, name: str, x0: Tensor, noise: Tensor, captions: list[Prompt]) -> _Draw:
         """The loss of one timestep draw, ready for backward."""
         objective, run, rank = self.config.srpo, self.config.run, self.ranks.rank
         timestep = draw_timestep(objective, generator(run.seed, step, rank, f"timestep/{name}"))
         pair = branches(objective, timestep)
-        conditioning = self.flux.encode_prompts(captions).repeat(len(pair))
+        texts = [caption.text for caption in captions]
+        conditioning = self.flux.encode_prompts(texts).repeat(len(pair))
         twin = None
         if objective.form == "image_only":
             shape = (len(pair) * len(captions), 3, *self.size)
@@ -272,8 +303,8 @@ class Trainer:
         output = srpo_loss(
             x0,
             noise,
-            captions,
-            controls=objective.controls(step),
+            texts,
+            controls=self._controls(step, captions),
             branches=pair,
             velocity=partial(
                 self.flux.velocity, conditioning=conditioning, guidance=objective.guidance, size=self.size
@@ -296,12 +327,15 @@ class Trainer:
         losses = torch.stack([draw.branch_losses for draw in draws]).mean(0)
         scores = torch.stack([draw.scores.mean(1) for draw in draws]).mean(0)
         self.ranks.average([losses, scores])
+        controls = self.sources.controls.pair(step)
+        own = {words for draw in draws for words in self._controls(step, draw.captions)} - {controls}
         return {
             "losses": {"total": losses.sum().item(), **dict(zip(names, losses.tolist(), strict=True))},
             "scores": dict(zip(names, scores.tolist(), strict=True)),
             **stepped,
             "timesteps": [draw.timestep for draw in draws],
-            "controls": list(self.config.srpo.controls(step)),
+            "controls": list(controls),
+            **({"prompt_controls": sorted(map(list, own))} if own else {}),
             "seconds": {name: round(value, 4) for name, value in seconds.items()},
         }
 
@@ -329,8 +363,7 @@ class Trainer:
         run, objective = self.config.run, self.config.srpo
         if not (self.ranks.is_main and run.sample_every):
             return
-        prompts = self.prompts or list(dict.fromkeys(image.caption for image in self.images))
-        prompts = [prompts[index % len(prompts)] for index in range(run.sample_count)]
+        prompts = self.sources.sample_prompts(run.sample_count)
         noise = self.flux.noise(len(prompts), *self.size, generator(run.seed, 0, 0, "sample"))
         images = sample_images(
             self.flux,
@@ -345,8 +378,8 @@ class Trainer:
         save_grid(images, self.directory / f"samples/step-{step:06d}.png")
 
 
-def _clean_batches(config: TrainConfig, world: int) -> int:
-    """Clean batches that each rank needs for one update."""
+def clean_batches(config: TrainConfig, world: int) -> int:
+    """Clean batches that each rank needs for one update. Raises `InputError` when they cannot be dealt out evenly."""
     run = config.run
     share = world * run.micro_batch * run.draws_per_rollout
     if config.srpo.batch_size % share:

@@ -1,9 +1,11 @@
-"""Prompts, captioned images and the order in which they are seen."""
+"""Captioned images, their latents on disk, and the order in which data is seen."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,65 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from srpo.data import CONTROL_GROUPS, CaptionedImage, control_group, load_image, order, read_images, read_prompts
+from srpo.data import BadImageError, CaptionedImage, load_image, order, read_images
 from srpo.errors import InputError
-
-# --- prompts ---------------------------------------------------------------------------------------------------------
-
-
-def _prompts(tmp_path: Path, content: bytes) -> Path:
-    path = tmp_path / "prompts.txt"
-    path.write_bytes(content)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("content", "prompts"),
-    [
-        (b"a cat\ntwo dogs\n", ["a cat", "two dogs"]),
-        (b"a cat\ntwo dogs", ["a cat", "two dogs"]),
-        (b"a cat\r\ntwo dogs\r\n", ["a cat", "two dogs"]),
-        (b"  a cat \t\n", ["a cat"]),
-        (b"\xef\xbb\xbfa cat\ntwo dogs\n", ["a cat", "two dogs"]),
-        ("café\nein Bär\n猫\n".encode(), ["café", "ein Bär", "猫"]),
-        ("one\u2028line\n".encode(), ["one\u2028line"]),
-    ],
-    ids=["lines", "no-last-newline", "windows", "spaces", "bom", "utf-8", "unicode-line-separator"],
-)
-def test_prompts_are_read_one_a_line(tmp_path: Path, content: bytes, prompts: list[str]) -> None:
-    assert read_prompts(_prompts(tmp_path, content)) == prompts
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "prompt file {path} is empty"),
-        (b"\n \n\t\n", "prompt file {path} is empty"),
-        (b"\xef\xbb\xbf", "prompt file {path} is empty"),
-        (b"a\n\nb\n", "prompt file {path}: no prompt on line 2"),
-        (b"\na\n  \nb\n\n", "prompt file {path}: no prompt on lines 1, 3, 5"),
-        (
-            b"a\n" + b"\n" * 12 + b"b\n",
-            "prompt file {path}: no prompt on lines 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 2 more",
-        ),
-        (b"a\ncaf\xe9\nb\n", "prompt file {path} is not UTF-8 on line 2"),
-        (b"\xff\na\n\xfe\n", "prompt file {path} is not UTF-8 on lines 1, 3"),
-    ],
-    ids=["empty", "only-blank", "only-bom", "one-blank", "blanks", "many-blanks", "latin-1", "bytes"],
-)
-def test_unusable_prompts_are_refused_by_line(tmp_path: Path, content: bytes, message: str) -> None:
-    path = _prompts(tmp_path, content)
-    with pytest.raises(InputError, match=f"^{re.escape(message.format(path=path))}$"):
-        read_prompts(path)
-
-
-def test_missing_prompt_file_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "none.txt"
-    with pytest.raises(InputError, match=f"^prompt file {re.escape(str(path))} cannot be read: No such file"):
-        read_prompts(path)
-    with pytest.raises(InputError, match=f"^prompt file {re.escape(str(tmp_path))} cannot be read: Is a directory"):
-        read_prompts(tmp_path)
-
+from srpo.latent_cache import LatentCache
+from srpo.prompts import Prompt
 
 # --- images ----------------------------------------------------------------------------------------------------------
 
@@ -91,69 +38,155 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_images_are_read_with_their_captions(folder: Path) -> None:
-    assert read_images(folder) == [
-        CaptionedImage(folder / "a.png", "first"),
-        CaptionedImage(folder / "b.jpg", "zweites Bär"),
+    images = read_images(folder)
+    assert images.images == [
+        CaptionedImage(folder / "a.png", Prompt("first"), 1),
+        CaptionedImage(folder / "b.jpg", Prompt("zweites Bär"), 2),
     ]
+    assert images.images[0].digest == hashlib.sha256((folder / "a.png").read_bytes()).hexdigest()
+    assert (images.bad, images.report.count) == ({}, 2)
+
+
+def test_images_are_read_from_a_list_of_any_name_with_control_words(folder: Path) -> None:
+    (folder / "lists").mkdir()
+    records = [
+        {"image": "../a.png", "prompt": "x", "positive": "Real", "negative": ["Oil", "Flat"], "camera": "old"},
+        {"image": "../b.jpg", "caption": "y", "control_group": "bold", "weight": 3, "height": 60},
+    ]
+    listing = folder / "lists/photos.jsonl"
+    listing.write_text("\n".join(map(json.dumps, records)))
+    images = read_images(listing, (60, 90))
+    assert [image.prompt for image in images.images] == [
+        Prompt("x", ("Real",), ("Oil", "Flat")),
+        Prompt("y", ("bold",), ("thin",), 3.0),
+    ]
+    assert [image.path.resolve() for image in images.images] == [folder / "a.png", folder / "b.jpg"]
+    assert images.report.ignored == {"camera": 1, "height": 1}
+
+
+_SHAPE = 'must be {"file_name": ..., "text": ...}'
 
 
 @pytest.mark.parametrize(
-    "line",
+    ("line", "message"),
     [
-        "not json",
-        "",
-        '"a.png"',
-        "[1, 2]",
-        "null",
-        '{"file_name": "a.png"}',
-        '{"text": "words"}',
-        '{"file_name": 5, "text": "words"}',
-        '{"file_name": null, "text": "words"}',
-        '{"file_name": "a.png", "text": null}',
-        '{"file_name": "a.png", "text": {"en": "words"}}',
+        ("not json", _SHAPE),
+        ("", _SHAPE),
+        ('"a.png"', _SHAPE),
+        ("[1, 2]", _SHAPE),
+        ("null", _SHAPE),
+        ('{"text": "words"}', _SHAPE),
+        ('{"file_name": 5, "text": "words"}', _SHAPE),
+        ('{"file_name": null, "text": "words"}', _SHAPE),
+        ('{"file_name": "a.png"}', "has no prompt or text or caption"),
+        ('{"file_name": "a.png", "text": null}', "must hold text in 'text', got None"),
+        ('{"file_name": "a.png", "text": " "}', "has an empty text"),
+        (
+            '{"file_name": "a.png", "text": "x", "postive": "y"}',
+            "has the unknown key 'postive'; did you mean 'positive'?",
+        ),
+        ('{"file_name": "a.png", "text": "x", "weight": 0}', "weight must be positive and finite, got 0"),
     ],
 )
-def test_bad_line_of_the_list_is_refused_by_number(folder: Path, line: str) -> None:
+def test_bad_line_of_the_list_is_refused_by_number(folder: Path, line: str, message: str) -> None:
     metadata = folder / "metadata.jsonl"
     metadata.write_text(metadata.read_text() + line + "\n" + '{"file_name": "a.png", "text": "last"}\n')
-    message = f'{metadata}: line 3 must be {{"file_name": ..., "text": ...}}'
-    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
-        read_images(folder)
+    with pytest.raises(InputError, match=f"^{re.escape(f'image list {metadata}: line 3 {message}')}$"):
+        read_images(folder, max_bad_fraction=0.9)
 
 
-@pytest.mark.parametrize("text", ["", "  "])
-def test_empty_caption_is_refused_by_line(folder: Path, text: str) -> None:
-    metadata = folder / "metadata.jsonl"
-    metadata.write_text(json.dumps({"file_name": "a.png", "text": text}) + "\n")
-    with pytest.raises(InputError, match=f"^{re.escape(str(metadata))}: line 1 has an empty text$"):
-        read_images(folder)
+def _many(folder: Path, count: int) -> None:
+    """`count` good pictures of different content, and their list."""
+    for index in range(count):
+        _picture(24, 24, index).save(folder / f"{index}.png")
+    records = [{"file_name": f"{index}.png", "text": f"picture {index}"} for index in range(count)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, records)))
 
 
-def _refused_picture(folder: Path, name: str) -> None:
-    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "words"}) + "\n")
-    message = f"{folder / 'metadata.jsonl'}: line 1: {folder / name} cannot be read as an image ("
-    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
-        read_images(folder)
+def _truncate(file: Path, kept: float) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * kept)])
 
 
-@pytest.mark.parametrize("kept", [0.9, 0.5, 0.0])
-@pytest.mark.parametrize("name", ["a.png", "b.jpg"])
-def test_truncated_picture_is_refused_before_training(folder: Path, name: str, kept: float) -> None:
-    content = (folder / name).read_bytes()
-    (folder / name).write_bytes(content[: int(len(content) * kept)])
-    _refused_picture(folder, name)
-
-
-def test_damaged_picture_is_refused(folder: Path) -> None:
-    content = bytearray((folder / "a.png").read_bytes())
+def _damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 0xFF
-    (folder / "a.png").write_bytes(content)
-    _refused_picture(folder, "a.png")
+    file.write_bytes(content)
 
 
-def test_missing_or_other_file_is_refused(folder: Path) -> None:
-    _refused_picture(folder, "missing.png")
-    _refused_picture(folder, "metadata.jsonl")
+_SPOILT = {
+    "truncated": lambda file: _truncate(file, 0.9),
+    "half": lambda file: _truncate(file, 0.5),
+    "empty": lambda file: _truncate(file, 0.0),
+    "damaged": _damage,
+    "missing": Path.unlink,
+    "text": lambda file: file.write_text("words"),
+}
+
+
+@pytest.mark.parametrize("how", _SPOILT)
+def test_bad_picture_is_skipped_counted_and_listed(how: str, tmp_path: Path) -> None:
+    _many(tmp_path, 5)
+    _SPOILT[how](tmp_path / "4.png")
+    found = read_images(tmp_path, max_bad_fraction=0.2)
+    assert found.report.count == 4
+    (listed,) = found.bad_images()
+    assert listed.startswith(f"line 5: {tmp_path / '4.png'} cannot be read as an image (")
+    assert [found.at(place).path.name for place in (0, 3, 4, 5)] == ["0.png", "3.png", "0.png", "0.png"]
+    message = f"image list {tmp_path / 'metadata.jsonl'}: 1 of 5 images cannot be used, more than data.max_bad_fraction"
+    with pytest.raises(InputError, match=f"^{re.escape(message)} 0.1 allows: line 5: "):
+        read_images(tmp_path, max_bad_fraction=0.1)
+
+
+@pytest.mark.parametrize("name", ["a.png", "b.jpg"])
+def test_truncated_jpeg_is_found_as_well(folder: Path, name: str) -> None:
+    _truncate(folder / name, 0.9)
+    assert len(read_images(folder, max_bad_fraction=0.5).bad) == 1
+
+
+def test_no_good_picture_is_refused_whatever_is_allowed(folder: Path) -> None:
+    for name in ("a.png", "b.jpg"):
+        (folder / name).unlink()
+    with pytest.raises(InputError, match="2 of 2 images cannot be used"):
+        read_images(folder, max_bad_fraction=0.99)
+
+
+def test_small_picture_is_bad_however_it_is_turned(tmp_path: Path) -> None:
+    _many(tmp_path, 3)
+    _picture(30, 20).save(tmp_path / "1.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    _picture(30, 20).save(tmp_path / "2.png", exif=exif)
+    upright = read_images(tmp_path, (24, 20), max_bad_fraction=0.5)
+    assert upright.bad_images() == [
+        f"line 3: {tmp_path / '2.png'} is too small: 30 x 20 for 20 x 24 (data.max_upscale 1.0)"
+    ]
+    assert read_images(tmp_path, (24, 20), max_upscale=1.2).bad == {}
+    assert read_images(tmp_path, None).bad == {}
+
+
+def test_picture_that_turns_bad_later_gives_its_place_to_the_same_one(tmp_path: Path) -> None:
+    """What a running job does is what a resumed one finds."""
+    _many(tmp_path, 10)
+    running = read_images(tmp_path, max_bad_fraction=0.2)
+    (tmp_path / "6.png").unlink()
+    with pytest.raises(BadImageError, match="cannot be read as an image"):
+        running.images[6].pixels((24, 24))
+    running.reject(running.images[6], "gone")
+    resumed = read_images(tmp_path, max_bad_fraction=0.2)
+    assert [running.at(place) for place in range(10)] == [resumed.at(place) for place in range(10)]
+    _picture(24, 24, 99).save(tmp_path / "7.png")
+    with pytest.raises(BadImageError, match="has changed since the run started"):
+        running.images[7].pixels((24, 24))
+    running.reject(running.images[7], "changed")
+    with pytest.raises(InputError, match="3 of 10 images"):
+        running.reject(running.images[8], "gone")
+
+
+def test_known_picture_is_not_decoded_again(folder: Path) -> None:
+    _truncate(folder / "b.jpg", 0.9)
+    digest = hashlib.sha256((folder / "b.jpg").read_bytes()).hexdigest()
+    assert read_images(folder, known=lambda image: image == digest).bad == {}
 
 
 def test_missing_folder_or_list_is_refused(tmp_path: Path) -> None:
@@ -209,7 +242,51 @@ def test_photo_is_loaded_the_way_its_camera_was_held(tmp_path: Path) -> None:
     assert (loaded[:, :8].mean().item(), loaded[:, 8:].mean().item()) == (1.0, 0.0)
 
 
-# --- order and control words -----------------------------------------------------------------------------------------
+# --- latents on disk -------------------------------------------------------------------------------------------------
+
+
+def _latents(tmp_path: Path, size: tuple[int, int] = (24, 24), vae: str = "a") -> LatentCache:
+    (tmp_path / vae).mkdir(exist_ok=True)
+    (tmp_path / vae / "config.json").write_text(json.dumps(vae))
+    return LatentCache(tmp_path / "made/here", tmp_path / vae, size=size, dtype=torch.float32, kernels="auto")
+
+
+def test_latents_are_encoded_once_for_each_picture_size_and_encoder(tmp_path: Path) -> None:
+    calls = []
+
+    def encode() -> torch.Tensor:
+        calls.append(1)
+        return torch.full((1, 2, 3), float(len(calls)))
+
+    for _ in range(2):
+        assert _latents(tmp_path).latents("x", encode).unique().item() == 1
+    assert _latents(tmp_path).holds("x")
+    assert not _latents(tmp_path).holds("y")
+    _latents(tmp_path).latents("y", encode)
+    _latents(tmp_path, (24, 48)).latents("x", encode)
+    _latents(tmp_path, vae="b").latents("x", encode)
+    assert len(calls) == 4
+    assert not list((tmp_path / "made/here").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: content[:-1] + b"?", lambda _: b""])
+def test_damaged_latents_are_encoded_again(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    cache = _latents(tmp_path)
+    cache.latents("x", lambda: torch.ones(1, 2, 3))
+    (file,) = (tmp_path / "made/here").glob("*.safetensors")
+    content = file.read_bytes()
+    file.write_bytes(damage(content))
+    assert torch.equal(cache.latents("x", lambda: torch.ones(1, 2, 3)), torch.ones(1, 2, 3))
+    assert file.read_bytes() == content
+
+
+def test_latent_cache_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "made").write_text("")
+    with pytest.raises(InputError, match=r"^data\.latent_cache .* cannot be made: "):
+        _latents(tmp_path)
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=40, deadline=None)
@@ -237,27 +314,18 @@ def test_item_at_a_position_does_not_depend_on_the_others_asked_for(
     assert torch.equal(torch.get_rng_state(), state), "the global generator is not used"
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("bold", (("bold",), ("thin",))),
-        ("thin", (("thin",), ("bold",))),
-        ("blue", (("blue",), ("red",))),
-        (
-            "realism",
-            (
-                ("Natural-lighting", "Detail", "Detailed", "Real"),
-                ("Concept art", "Painting", "Anime", "Flat", "Oil"),
-            ),
-        ),
-    ],
-)
-def test_control_groups_hold_their_words(name: str, words: tuple[tuple[str, ...], tuple[str, ...]]) -> None:
-    assert control_group(name) == words
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from([0.25, 0.5, 1.0, 3.0, 10.0]), min_size=1, max_size=20), st.integers(0, 2**31))
+def test_a_pass_holds_each_item_as_often_as_its_share_rounded(weights: list[float], seed: int) -> None:
+    count = len(weights)
+    seen = order(count, range(count), seed, tuple(weights))
+    for item, weight in enumerate(weights):
+        share = count * weight / sum(weights)
+        assert abs(seen.count(item) - share) < 1 + 1e-9
+    assert seen == [order(count, [place], seed, tuple(weights))[0] for place in range(count)]
 
 
-def test_unknown_control_group_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(
-        InputError, match=f"^unknown control group 'x'; known groups: {', '.join(sorted(CONTROL_GROUPS))}$"
-    ):
-        control_group("x")
+def test_weights_are_right_on_average_and_equal_ones_change_nothing() -> None:
+    seen = order(3, range(3000), 0, (1.0, 2.0, 5.0))
+    assert [seen.count(item) / 3000 for item in range(3)] == pytest.approx([1 / 8, 2 / 8, 5 / 8], abs=0.02)
+    assert order(9, range(30), 4, (2.0,) * 9) == order(9, range(30), 4)

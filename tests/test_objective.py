@@ -561,3 +561,24 @@ def test_noise_of_another_shape_is_refused() -> None:
     x0, _ = _batch(3)
     with pytest.raises(ValueError, match="noise must have shape"):
         _loss(_Model(), x0, torch.zeros(2, _WIDTH, dtype=torch.float64), _some_branches(2))
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_control_words_of_each_caption_equal_running_the_captions_one_by_one(checkpoint: bool) -> None:
+    x0, noise = _batch(3, False)
+    steps, words = _some_branches(2), [("Real", "Painting"), ("Detail", "Oil"), ("Real", "Anime")]
+    model, alone = _Model(), _Model()
+    together = _loss(model, x0, noise, steps, controls=words, checkpoint=checkpoint)
+    together.loss.backward()
+    single = []
+    for row, pair in enumerate(words):
+        rows = slice(row, row + 1)
+        single.append(_loss(alone, x0[rows], noise[rows], steps, controls=pair, captions=_CAPTIONS[rows]))
+        (single[-1].loss / 3).backward()
+    expected = torch.stack([out.scores for out in single], 1).flatten()
+    torch.testing.assert_close(together.scores, expected, rtol=0, atol=1e-10)
+    for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
+    assert not torch.equal(together.scores, _loss(_Model(), x0, noise, steps, controls=words[0]).scores)
+    with pytest.raises(ValueError, match=r"controls must be one pair, or one per image \(3\), got 2"):
+        _loss(_Model(), x0, noise, steps, controls=words[:2])

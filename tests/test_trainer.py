@@ -80,7 +80,7 @@ def test_offline_mode_never_rolls_out(images: Path, tmp_path: Path, monkeypatch:
     trainer = Trainer(quick_config(tmp_path, "srpo.updates=1", *modes(images)["offline"]))
     x0, noise, captions = trainer._clean_batch(0, 0, lambda: None)
     assert x0.shape == noise.shape == (2, 16, 16)
-    assert all(caption.startswith("digit ") for caption in captions)
+    assert all(caption.text.startswith("digit ") for caption in captions)
     trainer.fit()
 
 

@@ -15,8 +15,9 @@ from torch.nn.functional import normalize
 
 from srpo.errors import InputError
 from srpo.files import has_vocabulary
-from srpo.rewards.text_cache import TextCache, content_digest
+from srpo.rewards.text_cache import TextCache
 from srpo.rewards.towers import freeze
+from srpo.sealed import content_digest
 from srpo_kernels import RELATIVE_FORMS, relative_reward, resize_normalize
 
 __all__ = ["CLIPReward", "CosineReward", "OpenCLIPReward"]

@@ -1,0 +1,440 @@
+"""`srpo plan`: its counts against the real models, its floors against the published ones, its advice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from test_patching_vae import kept_by_decoder
+from torch.utils.flop_counter import FlopCounterMode
+
+from srpo.cli import main
+from srpo.config import TrainConfig, load_config
+from srpo.errors import InputError
+from srpo.hardware import GPUS, Gpu, parse_gpu
+from srpo.plan import Efficiencies, Plan, make_plan
+from srpo.plan.memory import DECODER_EXTRA
+from srpo.plan.sizes import Sizes
+from srpo_kernels.checkpointing import flux_policy
+
+PARAMETERS = 11_901_408_320
+GB = 1e9
+RECIPES = sorted(path.stem for path in (Path(__file__).parent.parent / "srpo/recipes").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _each_size_once() -> Iterator[None]:
+    """Models are built once for all plans of them."""
+    build, known = Sizes.of, {}
+
+    def of(config: TrainConfig) -> Sizes:
+        objective, model = config.srpo, config.model
+        shape = (objective.height, objective.width, model.max_sequence_length, model.path, model.text_cache is None)
+        key = (*shape, config.reward)
+        if key not in known:
+            known[key] = build(config)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Sizes, "of", of)
+        yield
+
+
+def sizes(side: int = 720, recipe: str = "flux-dev-hps", *overrides: str) -> Sizes:
+    return Sizes.of(load_config(recipe, [f"srpo.height={side}", f"srpo.width={side}", *overrides]))
+
+
+@cache
+def configured(recipe: str, *overrides: str) -> TrainConfig:
+    return load_config(recipe, overrides)
+
+
+def plan(gpu: str = "H200", count: int = 1, *overrides: str, recipe: str = "flux-dev-hps", **options: Any) -> Plan:
+    return make_plan(recipe, configured(recipe, *overrides), GPUS[gpu], count, **options)
+
+
+def terms(made: Plan, phase: str = "gradient") -> dict[str, float]:
+    """Bytes by the first word of the term's name."""
+    return {term.name: getattr(term, phase) for term in made.memory.terms}
+
+
+def term(made: Plan, start: str, phase: str = "gradient") -> float:
+    (found,) = (value for name, value in terms(made, phase).items() if name.startswith(start))
+    return found
+
+
+# --- counts ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flux() -> FluxTransformer2DModel:
+    with torch.device("meta"):
+        return FluxTransformer2DModel(guidance_embeds=True)
+
+
+def test_parameters_are_those_of_the_real_models(flux: FluxTransformer2DModel) -> None:
+    found = sizes()
+    assert found.parameters == sum(parameter.numel() for parameter in flux.parameters()) == PARAMETERS
+    assert found.t5 == 4_762_310_656
+    assert found.clip == 123_060_480
+    assert found.vae_parameters == 83_819_683
+    assert found.reward_text + found.reward_vision == 986_109_441
+    pickscore = sizes(720, "flux-dev-pickscore")
+    assert (pickscore.reward_text, pickscore.reward_vision) == (found.reward_text, found.reward_vision)
+    assert found.largest_block == sum(p.numel() for p in flux.transformer_blocks[0].parameters())
+    linear = [m for m in flux.transformer_blocks[0].modules() if isinstance(m, torch.nn.Linear)]
+    assert found.float8 < PARAMETERS
+    assert found.float8 % sum(m.weight.numel() for m in linear if m.out_features != 6 * 3072) == pytest.approx(
+        38 * 12 * 3072**2 % (24 * 3072**2)
+    )
+
+
+@pytest.mark.parametrize(("side", "tokens"), [(720, 2537), (1024, 4608)])
+def test_flops_are_those_of_the_real_transformer(flux: FluxTransformer2DModel, side: int, tokens: int) -> None:
+    found = sizes(side)
+    assert found.tokens == tokens
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        flux(
+            hidden_states=torch.empty(1, tokens - 512, 64),
+            encoder_hidden_states=torch.empty(1, 512, 4096),
+            pooled_projections=torch.empty(1, 768),
+            timestep=torch.empty(1),
+            guidance=torch.empty(1),
+            img_ids=torch.empty(tokens - 512, 3),
+            txt_ids=torch.empty(512, 3),
+        )
+    assert found.forward.total == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+def test_figures_of_the_facts() -> None:
+    small, large = sizes(), sizes(1024)
+    for found, linear, attention, decode in ((small, 32.75, 4.51, 5.04), (large, 59.49, 14.87, 10.47)):
+        assert found.forward.blocks / 1e12 == pytest.approx(linear, abs=0.01)
+        assert found.forward.attention / 1e12 == pytest.approx(attention, abs=0.01)
+        assert found.decode.flops / 1e12 == pytest.approx(decode, abs=0.01)
+    assert small.vision.flops / 1e12 == pytest.approx(0.335, abs=0.002)
+
+
+def test_decoder_keeps_what_the_patched_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    for side in (720, 1024):
+        counted = kept_by_decoder(side, monkeypatch, patched=True)
+        assert sizes(side).decode.kept * 2 * DECODER_EXTRA == pytest.approx(counted, rel=0.02)
+
+
+def test_sizes_come_from_a_model_directory(flux_shaped: Path, clip_shaped: Path) -> None:
+    from diffusers import FluxPipeline
+    from transformers import CLIPModel
+
+    changes = (f"model.path={flux_shaped}", f"reward.path={clip_shaped}", "reward.type=clip")
+    found, pipeline = sizes(64, "flux-dev-hps", *changes), FluxPipeline.from_pretrained(flux_shaped)
+    parts = dict(parameters="transformer", vae_parameters="vae", t5="text_encoder_2", clip="text_encoder")
+    for name, part in parts.items():
+        assert getattr(found, name) == sum(p.numel() for p in getattr(pipeline, part).parameters()), part
+    reward = CLIPModel.from_pretrained(clip_shaped)
+    assert found.reward_text + found.reward_vision == sum(p.numel() for p in reward.parameters())
+    assert found.assumed == ()
+    assert len(sizes().assumed) == 2
+
+
+# --- memory ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "block"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_blocks_keep_what_the_policy_says(flux: FluxTransformer2DModel, mode: Any, batch: int) -> None:
+    made = plan("H200", 1, f"model.checkpointing={mode}", f"run.micro_batch={batch}")
+    policy = flux_policy(flux, mode, batch=2 * batch, tokens=2537)
+    assert term(made, "kept by transformer blocks") == policy.bytes[mode]
+    again = mode != "none"
+    assert any(name.startswith("images, recomputed") for name in terms(made)) == again
+
+
+def test_terms_at_flux_dev() -> None:
+    made = plan("H200", 1)
+    assert term(made, "transformer weights, bf16") == 2 * PARAMETERS
+    assert term(made, "gradients, fp32") == 4 * PARAMETERS, "32 backward passes are summed"
+    assert term(made, "optimizer state: split32 weights, M4 moments") == 6 * PARAMETERS
+    assert term(made, "T5 and CLIP") == pytest.approx(9.77 * GB, rel=0.01)
+    once = plan("H200", 1, "srpo.batch_size=1")
+    assert term(once, "gradients, bf16") == 2 * PARAMETERS
+    small = plan("H200", 1, "srpo.batch_size=1", "optimizer.moments=M2", "optimizer.weights=split24")
+    assert term(small, "optimizer state") == pytest.approx(3.1 * PARAMETERS)
+    full = plan("H200", 1, "optimizer.name=torch")
+    assert term(full, "transformer weights, fp32") == term(full, "gradients, fp32") == 4 * PARAMETERS
+    assert term(full, "fp32 weights cast") == 2 * PARAMETERS
+    assert term(full, "temporaries", "optimizer") == 4 * PARAMETERS
+    assert not plan("H200", 1, "model.precision=fp32", "model.path=tiny", "srpo.height=32").memory.host
+
+
+def test_offload_moves_states_to_the_host() -> None:
+    made = plan("H200", 1, "optimizer.offload=states")
+    assert made.memory.host == 6 * PARAMETERS
+    assert term(made, "optimizer state passing through", "optimizer") == 256 * 2**20
+    optimizer = made.phases[-1]
+    assert optimizer.seconds == pytest.approx(6 * PARAMETERS / 55e9), "both ways at once over the host's bus"
+    assert "host memory for optimizer state: 71.41 GB" in str(made)
+
+
+def test_text_cache_keeps_text_encoders_away() -> None:
+    made = plan("H200", 1, "model.text_cache=somewhere")
+    assert not any(name.startswith("T5") for name in terms(made))
+    assert made.phases[0].seconds < plan("H200", 1).phases[0].seconds / 4
+
+
+@pytest.mark.parametrize(("sharding", "shards"), [("fsdp", 16), ("hsdp", 8)])
+def test_sharding_divides(sharding: Any, shards: int) -> None:
+    made = plan("H100", 16, "model.checkpointing=block", sharding=sharding)
+    for name, item in (("transformer weights", 2), ("gradients, fp32", 4), ("optimizer state", 6)):
+        assert term(made, name) == pytest.approx(item * PARAMETERS / shards)
+    assert term(made, "gathered blocks") == 3 * 2 * made.setting.sizes.largest_block
+    rollout, gradient = made.phases[1:3]
+    weights = 2 * PARAMETERS * (shards - 1) / shards
+    assert rollout.link_gb == pytest.approx(2 * 25 * weights / GB), "one gathering a forward, two batches"
+    scattered = 4 * PARAMETERS * (shards - 1) / shards
+    summed = 2 * (1 / 2) * 4 * PARAMETERS / 8 if sharding == "hsdp" else 0
+    assert gradient.link_gb == pytest.approx(2 * (2 * weights + scattered + summed) / GB)
+    whole = plan("H100", 16, "model.checkpointing=block", sharding="none")
+    assert whole.phases[-1].link_gb == pytest.approx(2 * 15 / 16 * 4 * PARAMETERS / GB), "one all-reduce"
+    assert whole.phases[1].link_gb == 0
+
+
+def test_fp8_holds_a_copy_and_saves_time() -> None:
+    wide, narrow, trained = (
+        plan("H20", 1, f"model.precision={p}", "model.checkpointing=block") for p in ("bf16", "fp8-rollout", "fp8")
+    )
+    assert term(narrow, "e4m3 copy") == narrow.setting.sizes.float8
+    assert narrow.phases[1].seconds < 0.75 * wide.phases[1].seconds
+    assert narrow.phases[2].seconds == wide.phases[2].seconds
+    assert trained.phases[2].seconds < wide.phases[2].seconds
+    old, older = (plan("A100", 1, f"model.precision={p}").phases[1] for p in ("bf16", "fp8-rollout"))
+    assert older.arithmetic == pytest.approx(old.arithmetic), "no e4m3 products: the same values in bf16"
+
+
+# --- time -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gpu", "side", "overrides", "seconds"),
+    [
+        ("H200", 720, ("model.checkpointing=block",), 1.59),
+        ("H200", 720, ("model.checkpointing=none",), 1.50),
+        ("H200", 720, ("model.checkpointing=block", "model.precision=fp8-rollout"), 1.14),
+        ("H200", 1024, ("model.checkpointing=block",), 3.18),
+        ("H20", 720, ("model.checkpointing=block",), 8.49),
+        ("H20", 720, ("model.checkpointing=none",), 7.98),
+        ("H20", 720, ("model.checkpointing=block", "model.precision=fp8-rollout"), 5.72),
+        ("H20", 1024, ("model.checkpointing=block",), 16.97),
+    ],
+)
+def test_floors_of_one_official_step(gpu: str, side: int, overrides: tuple[str, ...], seconds: float) -> None:
+    """The table of the project's facts: arithmetic at full rate, one image, its texts known."""
+    shape = ("srpo.batch_size=1", f"srpo.height={side}", f"srpo.width={side}")
+    made = plan(gpu, 1, *shape, *overrides, efficiencies=Efficiencies.floors())
+    floor = sum(phase.arithmetic for phase in made.phases if phase.name in ("rollout", "gradient"))
+    assert floor == pytest.approx(seconds, rel=0.03)
+
+
+def test_optimizer_moves_what_its_design_says() -> None:
+    once = ("srpo.batch_size=1",)
+    for moments, milliseconds in (("M4", 49.8), ("M3", 44.4), ("M2", 38.9)):
+        made = plan("H200", 1, *once, f"optimizer.moments={moments}", efficiencies=Efficiencies.floors())
+        norm = 5.5  # gradients read once more
+        assert made.phases[-1].seconds * 1e3 == pytest.approx(milliseconds + norm, rel=0.02)
+    assert plan("H200", 1, "optimizer.name=torch").phases[-1].moved_gb == pytest.approx(92 * PARAMETERS / GB)
+
+
+def test_published_times_are_met() -> None:
+    """1024 px on H200: 128-131 ms a denoising step, 29 ms to decode (facts, section 4)."""
+    made = plan("H200", 1, "srpo.height=1024", "srpo.width=1024", "srpo.batch_size=1")
+    assert made.phases[1].seconds / 25 * 1e3 == pytest.approx(129.5, rel=0.04)
+
+
+# --- advice ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gpu", list(GPUS))
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_on_every_gpu(recipe: str, gpu: str) -> None:
+    made = plan(gpu, 1, recipe=recipe)
+    shown = str(made)
+    assert made.memory.peak > 0
+    assert 0 < made.seconds < 3600
+    json.dumps(made.as_dict())
+    if recipe == "tiny":
+        assert made.memory.fits
+    if made.memory.fits:
+        assert made.advice is None
+        assert "\nfits: " in shown
+        return
+    assert "\ndoes not fit: " in shown
+    advice = made.advice
+    assert advice is not None
+    assert advice.changes
+    assert str(advice.changes[0]) in shown
+    # What is advised does fit, taken as overrides, and none of it can be left out.
+    changes = [str(change) for change in advice.changes]
+    assert plan(gpu, 1, *changes, recipe=recipe).memory.fits
+    for left_out in changes:
+        rest = [change for change in changes if change != left_out]
+        assert not plan(gpu, 1, *rest, recipe=recipe).memory.fits
+    assert advice.gpus is not None
+    assert plan(gpu, advice.gpus, recipe=recipe, sharding="fsdp").memory.fits
+
+
+def on(gigabytes: float, *overrides: str, count: int = 1) -> list[str]:
+    """The changes advised on a GPU of so much memory."""
+    gpu = replace(GPUS["H200"], memory_gb=gigabytes)
+    advice = make_plan("flux-dev-hps", load_config("flux-dev-hps", overrides), gpu, count).advice
+    return [] if advice is None else [str(change) for change in advice.changes]
+
+
+def test_smallest_change_comes_first() -> None:
+    assert on(400) == []
+    peak = plan("H200", 1, "model.checkpointing=none").memory.peak / GB
+    assert on(peak - 5, "model.checkpointing=none") == ["model.text_cache=text-cache"]
+    cached = ("model.text_cache=somewhere", "model.checkpointing=none")
+    peak = plan("H200", 1, *cached).memory.peak / GB
+    assert on(peak - 5, *cached) == ["model.checkpointing=selective"]
+    assert on(peak - 15, *cached) == ["model.checkpointing=block"]
+    block = ("model.text_cache=somewhere", "model.checkpointing=block")
+    peak = plan("H200", 1, *block).memory.peak / GB
+    assert on(peak - 2, *block) == ["model.image_chunk=1"]
+    assert on(peak - 2, *block, count=2) == ["model.image_chunk=1"]
+    assert on(peak - 20, *block, count=2) == ["run.sharding=fsdp"]
+    summed = (*block, "model.image_chunk=1", "optimizer.gradients=bf16")
+    peak = plan("H200", 1, *summed).memory.peak / GB
+    assert on(peak - 5, *summed) == ["optimizer.moments=M3"]
+    assert on(peak - 15, *summed) == ["optimizer.moments=M2"]
+    assert on(peak - 45, *summed) == ["optimizer.offload=states"]
+
+
+def test_combinations_and_none() -> None:
+    made = plan("H100", 1)
+    assert made.advice is not None
+    assert len(made.advice.changes) > 1
+    assert "no single change fits" in str(made)
+    assert on(20) == []
+    small = make_plan("flux-dev-hps", load_config("flux-dev-hps"), replace(GPUS["H200"], memory_gb=20.0))
+    assert "no combination of known changes fits" in str(small)
+
+
+def test_auto_is_what_the_trainer_would_choose(flux: FluxTransformer2DModel) -> None:
+    made = plan("B200", 1, "optimizer.gradients=bf16", "optimizer.moments=M2")
+    loaded = sum(t.most for t in made.memory.terms[: [t.name for t in made.memory.terms].index("gradients, bf16")])
+    reserved = made.setting.config.optimizer.reserved_bytes(list(flux.parameters()), "bf16")
+    expected = flux_policy(flux, "auto", batch=2, tokens=2537, free=int(192.3 * GB - loaded - reserved))
+    assert made.memory.policy.mode == expected.mode
+
+
+# --- input and output -----------------------------------------------------------------------
+
+
+def test_gpus_by_name_and_by_description() -> None:
+    assert parse_gpu("h200") is GPUS["H200"]
+    given = parse_gpu("name=L40S,memory_gb=48,bf16_tflops=300,fp8_tflops=600,bandwidth_tb_s=0.8,link_gb_s=20")
+    assert given == Gpu("L40S", 48, 300, 600, 0.8, 20, 18.75)
+    assert parse_gpu("memory_gb=48,bf16_tflops=300,bandwidth_tb_s=0.8").fp8_tflops == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "H2000"], "unknown GPU 'H2000'; nearest: H200"),
+        (["--gpu", "memry_gb=80"], "unknown key 'memry_gb'; did you mean 'memory_gb'?"),
+        (["--gpu", "memory_gb=80"], "bf16_tflops, bandwidth_tb_s missing"),
+        (["--gpu", "memory_gb=-1,bf16_tflops=1,bandwidth_tb_s=1"], "memory_gb must be a positive number, got '-1'"),
+        (["--gpu", "memory_gb=x,bf16_tflops=1,bandwidth_tb_s=1"], "memory_gb must be a positive number, got 'x'"),
+        (["--gpu", "H20", "--count", "0"], "--count must be at least 1, got 0"),
+        (["--gpu", "H20", "--count", "5"], "srpo.batch_size (32) must be a multiple of ranks"),
+        (["--gpu", "H20", "srpo.height=721"], "height must be a positive multiple of 16"),
+        (["--gpu", "H20", "srpo.hieght=720"], "did you mean 'srpo.height'?"),
+        (["--gpu", "H20", "reward.architecture=ViT-Q"], "'ViT-Q' is not an open_clip model name"),
+        (["--gpu", "H20", "reward.architecture=RN50"], "knows ViT rewards only"),
+        (["--gpu", "H20", "--json", "/nowhere/plan.json"], "/nowhere/plan.json cannot be written"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "flux-dev-hps", *arguments]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+
+
+def test_incomplete_model_directory_and_wrong_sharding(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"transformer/config\.json is missing"):
+        plan("H20", 1, f"model.path={tmp_path}")
+    with pytest.raises(InputError, match="hsdp needs whole nodes of 8 GPUs, got 12"):
+        plan("H20", 12, "srpo.batch_size=12", sharding="hsdp")
+    with pytest.raises(InputError, match="must be one of none, fsdp, hsdp"):
+        plan("H20", 2, sharding="zero")
+
+
+def test_command_prints_tables_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan.json"
+    options = ["--gpu", "H200", "--count", "8", "--json", str(out), "--results", str(tmp_path)]
+    assert main(["plan", "flux-dev-hps", *options, "model.checkpointing=block"]) == 0
+    printed = capsys.readouterr().out
+    for expected in (
+        "flux-dev-hps on 8 x H200",
+        "model data/FLUX.1-dev does not exist: reckoned with the sizes of FLUX.1-dev",
+        "transformer weights, bf16",
+        "linear       0.85",
+        "nothing measured on H200 yet",
+        "clean batches: 4 of 1",
+    ):
+        assert expected in printed
+    written = json.loads(out.read_text())
+    assert written["parameters"] == PARAMETERS
+    assert written["count"] == 8
+    assert written["seconds"] == pytest.approx(sum(phase["seconds"] for phase in written["phases"]))
+    total = sum(entry["gradient"] for entry in written["memory"]["terms"])
+    assert written["memory"]["totals"]["gradient"] == pytest.approx(total)
+
+
+def test_measurements_stand_beside_estimates(tmp_path: Path) -> None:
+    flops = sizes().forward.total
+    measured = {
+        "environment": {"device": "NVIDIA H200"},
+        "copy_bandwidth_tb_s": 4.1,
+        "transformer": [
+            row("transformer, patched eager", "forward", 60.0, flops),
+            row("transformer, patched eager", "forward+backward", 200.0, 3 * flops),
+            row("transformer, unpatched eager", "forward", 80.0, flops),
+        ],
+        "float8": [
+            row("fp8, patched eager", "rollout of 25", 1200.0, 25 * flops),
+            {"form": "quantising all weights", "mode": "refresh", "ms": 9.0, "peak_gb": 40.0},
+        ],
+        "decoder": [{"form": "decoder, patched eager, 2 x 1024 px", "mode": "forward", "ms": 58.0, "peak_gb": 3.0}],
+        "tower": [{"form": "ViT-H-14, frozen bf16, batch 2", "mode": "forward+backward", "ms": 4.0, "peak_gb": 2.0}],
+    }
+    (tmp_path / "nvidia-h200-1.json").write_text(json.dumps(measured))
+    other = {**measured, "environment": {"device": "NVIDIA H100 80GB HBM3"}}
+    (tmp_path / "nvidia-h100-1.json").write_text(json.dumps(other))
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "solvers.json").write_text("[]")
+    made = plan("H200", 1, results=tmp_path)
+    assert {comparison.file for comparison in made.comparisons} == {"nvidia-h200-1.json"}
+    found = {comparison.what: comparison for comparison in made.comparisons}
+    assert len(found) == 6
+    assert found["copy bandwidth"].measured == 4.1
+    forward = found["transformer, patched eager, forward"]
+    per_step = plan("H200", 1, "srpo.batch_size=1").phases[1].seconds / 25 * 1e3
+    assert forward.estimate == pytest.approx(per_step, rel=1e-6)
+    assert found["transformer, patched eager, forward+backward"].estimate == pytest.approx(3 * forward.estimate)
+    assert found["fp8, patched eager, rollout of 25"].estimate < 25 * forward.estimate
+    assert found["decoder, patched eager, 2 x 1024 px, forward"].estimate == pytest.approx(2 * 29, rel=0.1)
+    lines = [line for line in str(made).splitlines() if "transformer, patched eager, forward " in line]
+    assert lines[0].split()[-4:] == [f"{forward.estimate:.2f}", "60.00", f"{forward.estimate / 60:.2f}", "ms"]
+
+
+def row(form: str, mode: str, milliseconds: float, flops: float) -> dict[str, Any]:
+    """A row as `benchmarks.timing.measured` makes it."""
+    return {"form": form, "mode": mode, "ms": milliseconds, "peak_gb": 30.0, "tflop_s": flops / milliseconds / 1e9}
