@@ -62,6 +62,16 @@ HD typename Other<U>::Type float_of(U bits) {
   return x;
 }
 
+// `value` in every lane. GCC would make it anew from an immediate wherever vectors need it, which is slower than loading.
+template <class U>
+HD U constant(uint32_t value) {
+  U x = U{} + value;
+#if defined(__x86_64__) && !defined(__CUDACC__)
+  if constexpr (sizeof(U) > sizeof(uint32_t)) asm("" : "+v"(x));
+#endif
+  return x;
+}
+
 // Numbers below 2^23: adding 2^23 leaves them in the low bits.
 template <class U>
 HD typename Other<U>::Type float_of_integer(U x) {
@@ -159,14 +169,20 @@ HD Drawn<T> philox(T low, T high, uint32_t step, uint32_t stream, const Keys& ke
 
 constexpr uint32_t kInfinity = 0x7F800000;
 
-// The pattern without its `dropped` lowest bits, rounded up in magnitude with the probability of what is dropped.
+// The pattern of x plus `random`, which has as many bits as are to be dropped: those above them are x rounded up in
+// magnitude with the probability of what is dropped.
+template <class F, class U>
+HD U carried(F x, U random) {
+  const U bits = bits_of(x), sum = bits + random, infinity = constant<U>(kInfinity);
+  const U kept = (sum & infinity) == infinity ? bits : sum;
+  return x != x ? constant<U>(0x7FC00000u) : kept;
+}
+
+// The pattern without its `dropped` lowest bits, so rounded.
 template <class F, class U>
 HD U round_down_bits(F x, U random, int dropped) {
   const uint32_t mask = (1u << dropped) - 1;
-  const U bits = bits_of(x);
-  U rounded = bits + (random & mask);
-  rounded = (rounded & kInfinity) == kInfinity ? bits : rounded;
-  return (x != x ? 0x7FC00000u : rounded) & ~mask;
+  return carried(x, random & mask) & ~mask;
 }
 
 // What has the bf16 half in its upper half, to nearest with ties away from zero. The remainder is the lower half of the
@@ -179,8 +195,9 @@ HD U upper_half(U bits) {
 // What has fp32 rounded to bf16, nearest even, in its upper half.
 template <class F>
 HD typename Other<F>::Type nearest_half(F x) {
-  const auto bits = bits_of(x), rounded = bits + 0x7FFFu + (bits >> 16 & 1u);
-  return x != x ? 0x7FC00000u : rounded;
+  using U = typename Other<F>::Type;
+  const U bits = bits_of(x), rounded = bits + constant<U>(0x7FFFu) + (bits >> 16 & constant<U>(1));
+  return x != x ? constant<U>(0x7FC00000u) : rounded;
 }
 
 // fp16 in the upper half.

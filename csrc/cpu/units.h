@@ -65,7 +65,7 @@ struct Stepper {
 
   // What a part needs besides its tensors.
   struct Part {
-    alignas(64) uint16_t weight_random[kBlock + kDraw], second_random[kBlock + kDraw];
+    alignas(64) uint16_t weight_random[kChunk + kDraw], second_random[kChunk + kDraw];  // of a run, from a counter's
     alignas(64) float gradient[kBlock + kPair];      // converted from fp16
     Pair<Floats> first[kParts], second[kParts];      // that wait for their scale
     float first_scale, second_scale;
@@ -154,8 +154,7 @@ struct Stepper {
         store(at.pointer[kFirst], join_uppers({nearest_half(a.first), nearest_half(b.first)}));
       if constexpr (kMoments == Moments::kM4 || kMoments == Moments::kM3) {
         const Words random = load<Words>(part.second_random + shift + i);
-        store(at.pointer[kSecond], join_uppers({round_down_bits(a.second, random & 0xFFFFu, 16),
-                                                round_down_bits(b.second, random >> 16, 16)}));
+        store(at.pointer[kSecond], join_uppers({carried(a.second, random & 0xFFFFu), carried(b.second, random >> 16)}));
       }
       if constexpr (kCodes) part.first[i / kPair] = {a.first, b.first};
       if constexpr (kRoots) part.second[i / kPair] = {a.second, b.second};
@@ -215,14 +214,21 @@ struct Stepper {
     const Scalars& s = step.scalars[item.index];
     const int64_t number = step.steps[item.index], start = item.shard.start + offset;
     const bool averaging = item.pointer[kAverage] && number % step.average_every == 0;
-    const int shift = int(start % kDrawn);
+    const int64_t first = start % kDrawn;
     Places next{};
     for (int slot = 0; slot < kSlots; ++slot) next.pointer[slot] = static_cast<char*>(item.pointer[slot]);
     next = stored.after(next, offset);
     Sums sums = into;
     Part part;
+    // All at once: one draw is a long chain of operations, several run side by side.
+    for (int64_t drawn = 0; drawn < first + count; drawn += kDraw) {
+      const uint64_t counter = uint64_t(start + drawn) / kDrawn;
+      if constexpr (kRounded) draw(counter, uint32_t(number), kWeightStream, step.keys, part.weight_random + drawn);
+      if constexpr (kMoments != Moments::kFp32)
+        draw(counter, uint32_t(number), kSecondStream, step.keys, part.second_random + drawn);
+    }
     for (int64_t done = 0; done < count; done += kBlock, ++block, next = stored.after(next, kBlock)) {
-      const int size = int(std::min<int64_t>(kBlock, count - done));
+      const int size = int(std::min<int64_t>(kBlock, count - done)), shift = int(first + done);
       Places at = next;
       if (converting) {
         convert_fp16(at.pointer[kGradient], size, part.gradient);
@@ -230,12 +236,6 @@ struct Stepper {
       }
       if constexpr (kCodes) part.first_scale = static_cast<const float*>(item.pointer[kFirstScale])[block];
       if constexpr (kRoots) part.second_scale = static_cast<const float*>(item.pointer[kSecondScale])[block];
-      for (int drawn = 0; drawn < shift + size; drawn += kDraw) {
-        const uint64_t counter = uint64_t(start + done + drawn) / kDrawn;
-        if constexpr (kRounded) draw(counter, uint32_t(number), kWeightStream, step.keys, part.weight_random + drawn);
-        if constexpr (kMoments != Moments::kFp32)
-          draw(counter, uint32_t(number), kSecondStream, step.keys, part.second_random + drawn);
-      }
       const Words every = ~Words{};
       float* update = kept ? kept->update + done : nullptr;
       float* weight = kept ? kept->weight + done : nullptr;
