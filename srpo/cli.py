@@ -149,6 +149,32 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _rewards_score(options: argparse.Namespace) -> int:
+    from srpo.rewards.scoring import as_table, score_folder, write_scores
+
+    overrides, device = options.overrides, options.device
+    if options.out and Path(options.out).exists():
+        raise InputError(f"output {options.out} already exists; choose another or remove it")
+    recipe, folder = options.reward_recipe, Path(options.folder)
+    scores, files = score_folder(folder, recipe, overrides, prompt=options.prompt, device=device)
+    for file, digest in files.items():
+        print(f"{file}: SHA-256 {digest}")
+    print(as_table(scores))
+    if options.out:
+        write_scores(Path(options.out), scores)
+    return 0
+
+
+def _rewards_convert(options: argparse.Namespace) -> int:
+    from srpo.rewards.convert import convert
+
+    source, out = Path(options.file), Path(options.out)
+    done = convert(source, out)
+    print(f"{source}: SHA-256 {done.source}")
+    print(f"{out}: SHA-256 {done.written}, {done.tensors} tensors of {done.parameters} numbers")
+    return 0
+
+
 def _tiny_build(options: argparse.Namespace) -> int:
     from srpo.tiny.build import Steps, build
 
@@ -218,7 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--format", choices=("diffusers", "comfyui"), default="diffusers", help="default %(default)s")
     export.add_argument("--step", type=int, help="which checkpoint (default the newest)")
     dtypes = ("fp32", "bf16", "fp8")
-    export.add_argument("--dtype", choices=dtypes, help="of the transformer; fp8: comfyui (default the run's precision)")
+    export.add_argument("--dtype", choices=dtypes, help="of the transformer (default the run's); fp8: comfyui only")
     export.add_argument("--shard-size", type=float, metavar="GB", help="diffusers: files of at most this (default 10)")
     export.set_defaults(run=_export)
 
@@ -231,6 +257,23 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--results", default="benchmarks/results", help="measurements (default %(default)s)")
     plan.add_argument("--json", help="also write the plan to this file")
     plan.set_defaults(run=_plan)
+
+    rewards = commands.add_parser("rewards", help="score images by a reward, convert its files")
+    kinds = rewards.add_subparsers(required=True, metavar="what")
+    score = kinds.add_parser("score", help="score a folder of images by a recipe's reward")
+    score.add_argument("folder", help="images; their prompts are in metadata.jsonl, or --prompt")
+    score.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
+    score.add_argument("--reward-recipe", required=True, help="a recipe, or a YAML file with a reward section only")
+    score.add_argument("--prompt", help="the prompt of every image, instead of the folder's")
+    score.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU when there is one"
+    )
+    score.add_argument("--out", help="also write the scores to this new jsonl file")
+    score.set_defaults(run=_rewards_score)
+    convert = kinds.add_parser("convert", help="write a .pt file of weights as safetensors with a checksum")
+    convert.add_argument("file", help="file that holds named tensors only")
+    convert.add_argument("--out", required=True, help="new .safetensors file; FILE.sha256 is written beside it")
+    convert.set_defaults(run=_rewards_convert)
 
     tiny = commands.add_parser("tiny", help="the tiny world's own files").add_subparsers(required=True, metavar="what")
     build = tiny.add_parser("build", help="train the tiny pipeline and reward afresh, as shipped")

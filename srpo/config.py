@@ -18,7 +18,7 @@ from srpo.errors import InputError
 from srpo.models import Precision
 from srpo.objective import SRPOConfig
 from srpo.optimizer import OptimizerConfig
-from srpo.rewards import RewardConfig
+from srpo.rewards import RewardConfig, check_reward
 from srpo.sampling import Solver
 from srpo_kernels.patching import PATCHABLE
 
@@ -89,6 +89,10 @@ class RunConfig:
     device: str = "auto"  # auto: a GPU when there is one
     micro_batch: int = 1  # images per model call and branch, on each rank
     draws_per_rollout: int = 1  # timestep draws that share one clean batch
+    # none: every rank holds everything; fsdp: parameters, gradients and states are shared out among ranks; hsdp: among
+    # shard_size of them, each such group holding everything.
+    sharding: Literal["none", "fsdp", "hsdp"] = "none"
+    shard_size: int | None = None
     rollout_solver: Solver = "euler"  # adams2: second order, so fewer srpo.rollout_steps for the same error
     save_every: int = 5  # updates between checkpoints
     keep: int = 2  # checkpoints kept
@@ -103,6 +107,8 @@ class RunConfig:
         ).items():
             if getattr(self, name) < least:
                 raise ValueError(f"run.{name} must be at least {least}, got {getattr(self, name)}")
+        if (self.sharding == "hsdp") != (self.shard_size is not None) or (self.shard_size or 1) < 1:
+            raise ValueError(f"run.shard_size must be a number of ranks for hsdp, else null, got {self.shard_size}")
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,9 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
+        check_reward(self.reward, self.srpo)
+        if self.run.sharding != "none" and self.optimizer.name != "srpo":
+            raise ValueError("run.sharding needs optimizer.name srpo")
         if self.model.precision == "fp32" and self.optimizer.model_weights("fp32") != "fp32":
             weights = self.optimizer.weights
             raise ValueError(

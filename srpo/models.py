@@ -6,23 +6,27 @@ The tiny model and FLUX.1-dev go through the same code; only the path differs.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import FluxPipeline
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from srpo.errors import InputError
 from srpo.files import has_vocabulary
 from srpo.latents import image_ids, pack, unpack
 from srpo.objective import LatentLayout
+from srpo.sharding import gathered, shard
 from srpo.text_encoders import CachedTexts
 from srpo_kernels import Float8Rollout, FluxRollout, PatchHandle, convert_to_float8, patch
+from srpo_kernels.patching.view import view
 
 __all__ = ["Conditioning", "Flux", "Precision", "check_image_size", "check_model_directory", "compute_dtype"]
 
@@ -68,6 +72,8 @@ class Flux:
         self.transformer = pipeline.transformer
         self.vae = pipeline.vae
         self.patched: PatchHandle | None = None
+        self._called = self.transformer  # by `velocity` and `trajectory`
+        self._view: Any = None  # of a sharded transformer, to call while it is gathered
         if precision == "fp8":
             convert_to_float8(self.transformer)
         self.quantized = Float8Rollout(self.transformer) if precision in ("fp8-rollout", "fp8") else None
@@ -130,6 +136,29 @@ class Flux:
             self.patched.remove()
             self.patched = None
 
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Share out the transformer's parameters (see `srpo.sharding`): after patching, before an optimizer is made."""
+        self._view = view(self.transformer, lambda *_: None)
+        shard(self.transformer, mesh)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """All parameters of a sharded transformer in this process, for calls without gradients; by all ranks together.
+
+        Within another such context, or of a transformer that is not sharded, nothing happens.
+        """
+        if self._view is None or self._called is self._view:
+            yield
+            return
+        with gathered(self.transformer):
+            if self.quantized is not None:
+                self.quantized.refresh(force=True)  # gathered tensors do not tell that they changed
+            self._called = self._view
+            try:
+                yield
+            finally:
+                self._called = self.transformer
+
     @property
     def device(self) -> torch.device:
         return self.transformer.device
@@ -169,7 +198,7 @@ class Flux:
         levels = torch.full((batch,), guidance, device=x_t.device) if self.transformer.config.guidance_embeds else None
         text_ids, image_ids = self._position_ids(text.shape[1], size)
         with self._autocast():
-            predicted = self.transformer(
+            predicted = self._called(
                 hidden_states=x_t.to(self.transformer.dtype),
                 timestep=sigma.to(x_t.dtype),
                 guidance=levels,
@@ -195,8 +224,8 @@ class Flux:
         What no step changes is made once when the transformer is patched and whole; otherwise this is `velocity`. With
         `quantized`, linear layers multiply in e4m3 if that is the precision.
         """
-        model = (self.quantized if quantized else None) or self.transformer
-        if model is self.transformer and FluxRollout.unavailable(self.transformer):
+        model = (self.quantized if quantized else None) or self._called
+        if model is not self.quantized and FluxRollout.unavailable(model):
             levels = torch.tensor(sigmas, device=self.device)
             batch = len(conditioning.pooled)
             return lambda x_t, step: self.velocity(x_t, levels[step].expand(batch), conditioning, guidance, size)

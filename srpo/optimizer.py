@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from srpo.objective import SRPOConfig
 from srpo_kernels.optim import AdamW
 from srpo_kernels.optim.streaming import DEVICE_BYTES
 
-__all__ = ["OptimizerConfig", "load_optimizer", "take_step"]
+__all__ = ["OptimizerConfig", "load_optimizer", "set_gradient_dtype", "take_step"]
 
 #: Bytes a parameter beside itself and its gradient.
 _REMAINDER = {"fp32": 0.0, "split32": 2.0, "split24": 1.0, "bf16_sr": 0.0}
@@ -62,16 +62,22 @@ class OptimizerConfig:
         return int(count * (gradient + _REMAINDER[weights] + _MOMENTS[moments]))
 
 
+def set_gradient_dtype(config: OptimizerConfig, parameters: Iterable[nn.Parameter], backwards: int) -> None:
+    """Have gradients summed in fp32 where the recipe wants it, given updates of so many backwards; before sharding."""
+    if config.name == "srpo" and (config.gradients == "fp32" or (config.gradients == "auto" and backwards > 1)):
+        for parameter in parameters:
+            parameter.grad_dtype = torch.float32
+
+
 def load_optimizer(
     config: OptimizerConfig,
     objective: SRPOConfig,
     parameters: Sequence[nn.Parameter],
     *,
     precision: Precision,
-    backwards: int,
     seed: int,
 ) -> torch.optim.Optimizer:
-    """The optimizer of `parameters`, for updates of so many backward passes each."""
+    """The optimizer of `parameters`."""
     numbers: dict[str, Any] = dict(
         lr=objective.learning_rate,
         betas=objective.betas,
@@ -80,9 +86,6 @@ def load_optimizer(
     )
     if config.name == "torch":
         return torch.optim.AdamW(parameters, **numbers)
-    if config.gradients == "fp32" or (config.gradients == "auto" and backwards > 1):
-        for parameter in parameters:
-            parameter.grad_dtype = torch.float32
     weights, moments = config.modes(precision)
     return AdamW(
         parameters,

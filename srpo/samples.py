@@ -50,7 +50,7 @@ def open_source(
     """What `source` holds; no weights are read yet.
 
     Args:
-        source: a run directory; a pipeline directory or a single file, exported or not; or a recipe, for its base model.
+        source: a run directory; a pipeline directory or single file, exported or not; or a recipe, for its base model.
         step: of a run: which checkpoint; default the newest, 0 the base model.
         model: the pipeline directory whose other components, or all, are used, instead of the recipe's ``model.path``.
         recipe: how to sample a pipeline or a file that was not exported by srpo, or otherwise than its own recipe says.

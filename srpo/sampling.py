@@ -55,14 +55,16 @@ def rollout(
     `quantized`: see `Flux.trajectory`. `on_step` is called before every model call and may raise to abandon it all.
     """
     sigmas = shifted_sigmas(steps, shift).tolist()
-    velocity = flux.trajectory(sigmas[:-1], flux.encode_prompts(prompts), guidance, size, quantized=quantized)
+    conditioning = flux.encode_prompts(prompts)
+    with flux.whole():
+        velocity = flux.trajectory(sigmas[:-1], conditioning, guidance, size, quantized=quantized)
 
-    def evaluate(latents: Tensor, step: int) -> Tensor:
-        if on_step is not None:
-            on_step()
-        return velocity(latents, step)
+        def evaluate(latents: Tensor, step: int) -> Tensor:
+            if on_step is not None:
+                on_step()
+            return velocity(latents, step)
 
-    return integrate(evaluate, noise, sigmas, solver)
+        return integrate(evaluate, noise, sigmas, solver)
 
 
 @torch.no_grad()

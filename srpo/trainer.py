@@ -24,13 +24,14 @@ from srpo.errors import InputError
 from srpo.images import save_grid
 from srpo.models import Flux, check_model_directory, compute_dtype
 from srpo.objective import branches, draw_timestep, srpo_loss, with_control
-from srpo.optimizer import load_optimizer, take_step
+from srpo.optimizer import load_optimizer, set_gradient_dtype, take_step
 from srpo.prompts import Prompt
 from srpo.randomness import generator
 from srpo.rewards import CosineReward, load_reward
 from srpo.rundir import updates_done, write_bad_images, write_config
 from srpo.runlog import RunLog
 from srpo.sampling import rollout, sample_images
+from srpo.sharding import load_whole, mesh_of, whole_tensors
 from srpo.signals import Stop, StopRequestedError
 from srpo.sources import Sources
 from srpo_kernels.checkpointing import FluxPolicy, flux_policy, free_memory
@@ -102,6 +103,11 @@ class Trainer:
         )
         self._prepare_texts()
         self.flux.patch(config.model.kernels)
+        backwards = self.clean_batches * run.draws_per_rollout
+        set_gradient_dtype(config.optimizer, self.flux.transformer.parameters(), backwards)
+        self.sharded = run.sharding != "none" and self.ranks.world > 1
+        if self.sharded:
+            self.flux.shard(mesh_of(self.ranks.world, self.ranks.device, run.shard_size))
         self.policy = self._checkpointing_policy()
         named = dict(self.flux.transformer.named_parameters())
         self.names, self.parameters = list(named), list(named.values())
@@ -110,12 +116,11 @@ class Trainer:
             objective,
             self.parameters,
             precision=config.model.precision,
-            backwards=self.clean_batches * run.draws_per_rollout,
             seed=run.seed,
         )
         if self.start:
             weights, state = self.checkpoints.load(self.start)
-            self.flux.transformer.load_state_dict(weights)
+            load_whole(self.flux.transformer, weights)
             load_optimizer_tensors(self.optimizer, self.names, state)
         if self.ranks.is_main:
             write_config(self.directory, config)
@@ -130,7 +135,8 @@ class Trainer:
         free = None
         if config.model.checkpointing == "auto":
             reserved = config.optimizer.reserved_bytes(list(flux.transformer.parameters()), config.model.precision)
-            free = max(0, free_memory(flux.device) - reserved)
+            ranks = (config.run.shard_size or self.ranks.world) if self.sharded else 1
+            free = max(0, free_memory(flux.device) - reserved // ranks)
         return flux_policy(
             flux.transformer,
             config.model.checkpointing,
@@ -202,14 +208,15 @@ class Trainer:
             for number in range(count):
                 check()
                 with self._timed(seconds, "gradient"):
-                    draw = self._draw(step, f"{index}/{number}", x0, noise, captions)
+                    draw = self._draw(step, f"{self._batch(index)}/{number}", x0, noise, captions)
                     (draw.loss / (self.clean_batches * count)).backward()
                 draws.append(replace(draw, loss=draw.loss.detach()))
         with self._timed(seconds, "optimizer"):
             problem = next(filter(None, (draw.non_finite() for draw in draws)), None)
             if self.ranks.any(problem is not None):
                 raise NonFiniteError(f"update {step + 1}: {problem or 'a score of another rank is not finite'}")
-            self.ranks.average(parameter.grad for parameter in self.parameters if parameter.grad is not None)
+            if not self.sharded:  # FSDP2 averages them in backward
+                self.ranks.average(parameter.grad for parameter in self.parameters if parameter.grad is not None)
             stepped = take_step(self.optimizer, self.config.srpo.max_grad_norm)
             if not math.isfinite(stepped["grad_norm"]):
                 prompts = ", ".join(sorted({caption.text for draw in draws for caption in draw.captions}))
@@ -218,12 +225,16 @@ class Trainer:
                 )
         return self._record(step, draws, stepped, seconds)
 
+    def _batch(self, index: int) -> int:
+        """Number of this rank's clean batch `index` among those of all ranks: what is drawn depends on it alone."""
+        return self.ranks.rank * self.clean_batches + index
+
     def _chosen(self, step: int, index: int) -> tuple[list[Prompt], list[CaptionedImage]]:
         """Captions of a clean batch, and its images: none when it is a rollout's."""
-        run, rank = self.config.run, self.ranks.rank
-        first = ((step * self.ranks.world + rank) * self.clean_batches + index) * run.micro_batch
+        run, batch = self.config.run, self._batch(index)
+        first = (step * self.ranks.world * self.clean_batches + batch) * run.micro_batch
         positions = range(first, first + run.micro_batch)
-        return self.sources.at(positions, generator(run.seed, step, rank, f"mode/{index}"))
+        return self.sources.at(positions, generator(run.seed, step, 0, f"mode/{batch}"))
 
     def _controls(self, step: int, captions: list[Prompt]) -> list[tuple[str, str]]:
         """The control words of each caption."""
@@ -256,12 +267,12 @@ class Trainer:
 
     def _clean_batch(self, step: int, index: int, check: Callable[[], None]) -> tuple[Tensor, Tensor, list[Prompt]]:
         """Clean latents, their noise and captions: from a rollout of that noise, or from real images."""
-        objective, run, rank = self.config.srpo, self.config.run, self.ranks.rank
+        objective, run = self.config.srpo, self.config.run
         count = run.micro_batch
         if objective.noise == "shared":
             noise = self.flux.noise(1, *self.size, generator(run.seed, step, 0, "noise"))
         else:
-            noise = self.flux.noise(count, *self.size, generator(run.seed, step, rank, f"noise/{index}"))
+            noise = self.flux.noise(count, *self.size, generator(run.seed, step, 0, f"noise/{self._batch(index)}"))
 
         captions, images = self._chosen(step, index)
         while images:
@@ -290,15 +301,15 @@ class Trainer:
 
     def _draw(self, step: int, name: str, x0: Tensor, noise: Tensor, captions: list[Prompt]) -> _Draw:
         """The loss of one timestep draw, ready for backward."""
-        objective, run, rank = self.config.srpo, self.config.run, self.ranks.rank
-        timestep = draw_timestep(objective, generator(run.seed, step, rank, f"timestep/{name}"))
+        objective, run = self.config.srpo, self.config.run
+        timestep = draw_timestep(objective, generator(run.seed, step, 0, f"timestep/{name}"))
         pair = branches(objective, timestep)
         texts = [caption.text for caption in captions]
         conditioning = self.flux.encode_prompts(texts).repeat(len(pair))
         twin = None
         if objective.form == "image_only":
             shape = (len(pair) * len(captions), 3, *self.size)
-            twin = torch.randn(shape, generator=generator(run.seed, step, rank, f"twin/{name}")).to(x0.device)
+            twin = torch.randn(shape, generator=generator(run.seed, step, 0, f"twin/{name}")).to(x0.device)
             twin *= objective.twin_noise
         output = srpo_loss(
             x0,
@@ -351,18 +362,23 @@ class Trainer:
     # --- outputs ----------------------------------------------------------------------------
 
     def _save(self, step: int) -> int:
+        weights = whole_tensors(self.flux.transformer.state_dict(), keep=self.ranks.is_main)
+        state = whole_tensors(optimizer_tensors(self.optimizer, self.names), keep=self.ranks.is_main)
         if self.ranks.is_main:
-            weights = {name: tensor.contiguous() for name, tensor in self.flux.transformer.state_dict().items()}
-            state = optimizer_tensors(self.optimizer, self.names)
             self.checkpoints.save(step, weights, state, dump_config(self.config))
         self.ranks.barrier()
         return step
 
     def _sample(self, step: int) -> None:
         """A grid of fixed prompts and fixed noise, so that grids of different steps compare."""
-        run, objective = self.config.run, self.config.srpo
-        if not (self.ranks.is_main and run.sample_every):
+        if not self.config.run.sample_every:
             return
+        with self.flux.whole():
+            if self.ranks.is_main:
+                self._write_samples(step)
+
+    def _write_samples(self, step: int) -> None:
+        run, objective = self.config.run, self.config.srpo
         prompts = self.sources.sample_prompts(run.sample_count)
         noise = self.flux.noise(len(prompts), *self.size, generator(run.seed, 0, 0, "sample"))
         images = sample_images(

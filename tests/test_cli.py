@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import shutil
 import signal
 import struct
 import subprocess
@@ -185,7 +186,7 @@ def test_two_ranks_average_their_gradients(tmp_path: Path) -> None:
     for rank in (0, 1):
         trainer.ranks = Ranks(rank, 2, torch.device("cpu"))
         batch = trainer._clean_batch(0, 0, lambda: None)
-        (trainer._draw(0, "0/0", *batch).loss / 2).backward()
+        (trainer._draw(0, f"{rank}/0", *batch).loss / 2).backward()
     torch.nn.utils.clip_grad_norm_(trainer.parameters, trainer.config.srpo.max_grad_norm)
     trainer.optimizer.step()
     saved = load_file(tmp_path / "two/checkpoints/step-000001/transformer.safetensors")
@@ -194,6 +195,40 @@ def test_two_ranks_average_their_gradients(tmp_path: Path) -> None:
         torch.testing.assert_close(saved[name], parameter.detach(), rtol=1e-5, atol=1e-6)
         mean = trainer.optimizer.state[parameter]["exp_avg"]
         torch.testing.assert_close(moments[f"{name}/exp_avg"], mean, rtol=1e-3, atol=1e-3 * mean.abs().max().item())
+
+
+def test_sharded_ranks_train_as_one_process_does(tmp_path: Path) -> None:
+    """FSDP2 on two ranks: the same batches, weights, states and samples as one rank's; which goes on with its run."""
+    changes = ("srpo.updates=2", "srpo.batch_size=4", "run.save_every=1", "run.sample_every=1", "run.sample_count=2")
+    overrides = quick_overrides(tmp_path / "two", *changes, "run.sharding=fsdp", "srpo.noise=independent")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "srpo", "train", "tiny"]
+    launched = subprocess.run(
+        [command()[0], *launch, *overrides], env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert launched.returncode == 0, launched.stderr
+    one = Trainer(quick_config(tmp_path / "one", *changes, "run.sharding=fsdp", "srpo.noise=independent"))
+    assert one.fit() == 2
+
+    def compare(step: int, folder: str) -> None:
+        for name in ("transformer", "optimizer"):
+            files = [tmp_path / run / f"checkpoints/step-{step:06d}/{name}.safetensors" for run in ("one", folder)]
+            wanted, found = (load_file(file) for file in files)
+            assert wanted.keys() == found.keys()
+            for key, tensor in wanted.items():
+                assert found[key].dtype == tensor.dtype
+                scale = tensor.abs().max().item()
+                torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-3 * scale + 1e-12, msg=key)
+
+    compare(1, "two")
+    compare(2, "two")
+    assert (tmp_path / "two/samples/step-000002.png").is_file()
+    shutil.copytree(tmp_path / "two", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed/checkpoints/step-000002")
+    resumed = quick_config(tmp_path / "resumed", *changes, "run.sharding=fsdp", "srpo.noise=independent")
+    again = Trainer(resumed, resume=True)
+    assert again.start == 1
+    again.fit()
+    compare(2, "resumed")
 
 
 @pytest.mark.parametrize(

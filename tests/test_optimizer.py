@@ -14,7 +14,7 @@ from srpo.optimizer import OptimizerConfig, load_optimizer, take_step
 def _train(offload: str, steps: int = 2) -> tuple[nn.Parameter, torch.optim.Optimizer]:
     parameter = nn.Parameter(torch.full((130, 200), 0.5, dtype=torch.bfloat16))
     config = OptimizerConfig(offload=offload)  # type: ignore[arg-type]
-    optimizer = load_optimizer(config, SRPOConfig(), [parameter], precision="bf16", backwards=1, seed=0)
+    optimizer = load_optimizer(config, SRPOConfig(), [parameter], precision="bf16", seed=0)
     for number in range(steps):
         parameter.grad = torch.randn(130, 200, generator=torch.Generator().manual_seed(number)).bfloat16()
         take_step(optimizer, 0.1)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from srpo_kernels.ops.fp8_linear import fp8_linear
 from srpo_kernels.ops.quantize_fp8 import Float8, quantize_fp8
 from srpo_kernels.patching import TRANSFORMER_OPS
 from srpo_kernels.patching.handle import install
+from srpo_kernels.patching.view import view
 
 __all__ = ["Float8Rollout"]
 
@@ -27,7 +28,8 @@ class Float8Rollout:
     are quantised with their active adapters added.
 
     Args:
-        transformer: the model, patched or not, not sharded. It stays as it is.
+        transformer: the model, patched or not, with whole parameters (FSDP2 may shard it later, and must have gathered
+            them whenever this is used). It stays as it is; its forward hooks do not run.
         keep: layers left out; the start of a name is enough ("transformer_blocks.0", "single_transformer_blocks.37").
 
     Attributes:
@@ -40,14 +42,15 @@ class Float8Rollout:
     """
 
     def __init__(self, transformer: Any, *, keep: Collection[str] = ()) -> None:
-        from srpo_kernels.patching import flux  # imports diffusers
+        from diffusers import FluxTransformer2DModel  # these take a while to import
+        from torch.distributed.tensor import DTensor
 
-        if not isinstance(transformer, flux.FluxTransformer2DModel):
+        from srpo_kernels.patching import flux
+
+        if not isinstance(transformer, FluxTransformer2DModel):
             raise TypeError(
                 f"Float8Rollout: transformer must be a FluxTransformer2DModel, got {type(transformer).__name__}"
             )
-        from torch.distributed.tensor import DTensor  # takes a while to import
-
         if any(isinstance(parameter, DTensor) for parameter in transformer.parameters()):
             raise ValueError("Float8Rollout: transformer's parameters are sharded")
         layers = select_layers("Float8Rollout", transformer, keep)
@@ -55,7 +58,9 @@ class Float8Rollout:
             raise ValueError("Float8Rollout: transformer is frozen in e4m3 (freeze_float8); sample with it as it is")
         self._weights = {name: _Float8Layer(layer) for name, layer in layers.items()}
         self.names = tuple(self._weights)
-        self.transformer = _view(transformer, "", self._weights)
+        self.transformer: Any = view(transformer, partial(_exchange, self._weights))
+        for module in self.transformer.modules():
+            module.__dict__.pop("forward", None)  # a patch's, in bf16
         install(self.transformer, flux.rules(TRANSFORMER_OPS, float8=True), strict=True)
 
     @torch.no_grad()
@@ -74,20 +79,12 @@ class Float8Rollout:
         return self.transformer(*arguments, **keywords)
 
 
-def _view(module: nn.Module, name: str, layers: dict[str, _Float8Layer]) -> nn.Module:
-    """`module` with the named layers exchanged: new modules all the way down, which share parameters and buffers."""
+def _exchange(layers: dict[str, _Float8Layer], name: str, module: nn.Module) -> nn.Module | None:
     if name in layers:
         return layers[name]
     if isinstance(module, nn.Linear) or is_lora(module):
         return _Wide(module)
-    if isinstance(module, nn.Dropout):
-        return nn.Identity()
-    view = copy.copy(module)
-    view.__dict__.pop("forward", None)  # a patch's, bound to the module itself
-    prefix = f"{name}." if name else ""
-    children = {key: child and _view(child, prefix + key, layers) for key, child in module._modules.items()}
-    view.__dict__["_modules"] = children
-    return view
+    return nn.Identity() if isinstance(module, nn.Dropout) else None
 
 
 class _Wide(nn.Module):

@@ -1,0 +1,94 @@
+"""The transformer's parameters, gradients and optimizer states over several processes, by FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from srpo_kernels.optim.sharding import local, local_rows
+
+__all__ = ["gathered", "load_whole", "mesh_of", "shard", "whole_tensors"]
+
+
+def mesh_of(world: int, device: torch.device, shard_size: int | None = None) -> DeviceMesh:
+    """All processes in groups of `shard_size` (all of them by default) that share one copy of the parameters: FSDP for
+    one group, HSDP for several, which hold replicas.
+    """
+    size = shard_size or world
+    if size == world:
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (world // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def shard(transformer: Any, mesh: DeviceMesh) -> None:
+    """Shard every block's parameters, and all others, over `mesh`; each is gathered when it is used, and freed again.
+
+    Gradients are averaged over all processes as they are made. Optimizers must be made afterwards.
+    """
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        fully_shard(block, mesh=mesh)
+    fully_shard(transformer, mesh=mesh)
+
+
+@contextmanager
+def gathered(transformer: nn.Module) -> Iterator[None]:
+    """All parameters whole within: gathered once, for a rollout's many forwards, and freed at its end.
+
+    Within, use a `srpo_kernels.patching.view` of the transformer, or what is built on one: its own forward would free
+    them. A collective operation; does nothing for a transformer that is not sharded.
+    """
+    units = [module for module in transformer.modules() if isinstance(module, FSDPModule)]
+    handles = [unit.unshard(async_op=True) for unit in units]
+    try:
+        for handle in handles:
+            if handle is not None:
+                handle.wait()
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+
+
+def whole_tensors(tensors: dict[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Every tensor whole and contiguous, in host memory where it was sharded, or nothing unless `keep`.
+
+    A collective operation if any is sharded.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        whole = _gather(tensor).cpu() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            found[name] = whole.contiguous()
+    return found
+
+
+def _gather(tensor: DTensor) -> Tensor:
+    if tensor.dtype != torch.int16:
+        return tensor.full_tensor()
+    bits = tensor.to_local().view(torch.bfloat16)  # backends gather no int16
+    shape: dict[str, Any] = dict(shape=tensor.shape, stride=tensor.stride())
+    return DTensor.from_local(bits, tensor.device_mesh, tensor.placements, **shape).full_tensor().view(torch.int16)
+
+
+def load_whole(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """`module.load_state_dict`, strict, of whole tensors into parameters that may be sharded by rows.
+
+    Raises ValueError when names or shapes differ.
+    """
+    own = module.state_dict()
+    wanted, found = ({(name, tuple(tensor.shape)) for name, tensor in state.items()} for state in (own, tensors))
+    if wanted != found:
+        raise ValueError(f"names or shapes of the state are not the model's: {sorted(wanted ^ found)[:4]}")
+    for name, target in own.items():
+        value = tensors[name]
+        if isinstance(target, DTensor):
+            first, count = local_rows(target)
+            value = value[first : first + count]
+        local(target).copy_(value)
