@@ -27,7 +27,7 @@ from srpo.objective import branches, draw_timestep, srpo_loss, with_control
 from srpo.optimizer import load_optimizer, set_gradient_dtype, take_step
 from srpo.prompts import Prompt
 from srpo.randomness import generator
-from srpo.rewards import CosineReward, load_reward
+from srpo.rewards import Reward, load_reward
 from srpo.rundir import updates_done, write_bad_images, write_config
 from srpo.runlog import RunLog
 from srpo.sampling import rollout, sample_images
@@ -406,7 +406,7 @@ def clean_batches(config: TrainConfig, world: int) -> int:
     return config.srpo.batch_size // share
 
 
-def _check_threshold(config: TrainConfig, reward: CosineReward) -> None:
+def _check_threshold(config: TrainConfig, reward: Reward) -> None:
     """A threshold outside the reward's range would make the loss always zero, or never anything but -score."""
     objective = config.srpo
     limit = max(reward.limit(kappa) for kappa in (*objective.discount_denoise, *objective.discount_inversion))

@@ -229,6 +229,8 @@ def _reward(config: RewardConfig) -> tuple[int, int, Vision, bool]:
     """Parameters of the reward's text and vision tower, the latter's shape, and whether its files exist."""
     if config.type == "open_clip":
         return _open_clip(config)
+    if config.type != "clip":
+        raise InputError(f"srpo plan knows the rewards clip and open_clip, not {config.type}")
     from transformers import CLIPConfig, CLIPModel
 
     path = resolve_asset(config.path, "reward")

@@ -4,7 +4,28 @@ Every reward has ``relative(images, positive, negative, kappa)`` for training an
 evaluation (`srpo.objective.RelativeReward`), and ``limit(kappa)``, the largest relative score possible.
 """
 
+from srpo.rewards.aesthetic import AestheticReward, SiglipAestheticReward
+from srpo.rewards.base import ImageOnlyReward, Reward
+from srpo.rewards.config import RewardConfig, RewardPart, check_reward
 from srpo.rewards.cosine import CLIPReward, CosineReward, OpenCLIPReward
-from srpo.rewards.load import RewardConfig, load_reward
+from srpo.rewards.image_reward import ImageReward
+from srpo.rewards.load import checksums, load_reward
+from srpo.rewards.mixture import MixtureReward, Part
 
-__all__ = ["CLIPReward", "CosineReward", "OpenCLIPReward", "RewardConfig", "load_reward"]
+__all__ = [
+    "AestheticReward",
+    "CLIPReward",
+    "CosineReward",
+    "ImageOnlyReward",
+    "ImageReward",
+    "MixtureReward",
+    "OpenCLIPReward",
+    "Part",
+    "Reward",
+    "RewardConfig",
+    "RewardPart",
+    "SiglipAestheticReward",
+    "check_reward",
+    "checksums",
+    "load_reward",
+]

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from srpo.errors import InputError
 from srpo.files import has_vocabulary
+from srpo.rewards.base import Reward
+from srpo.rewards.preprocess import clip_normalize, prepare
 from srpo.rewards.text_cache import TextCache
-from srpo.rewards.towers import freeze
+from srpo.rewards.towers import freeze, load_open_clip, load_transformers
 from srpo.sealed import content_digest
-from srpo_kernels import RELATIVE_FORMS, relative_reward, resize_normalize
+from srpo_kernels import RELATIVE_FORMS, relative_reward
 
 __all__ = ["CLIPReward", "CosineReward", "OpenCLIPReward"]
 
 
-class CosineReward(ABC):
+class CosineReward(Reward):
     """``scale * cos(image, text)``, with the relative forms of `srpo_kernels.relative_reward`.
 
     Args:
@@ -75,7 +77,7 @@ class CosineReward(ABC):
     def preprocess(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] in [0, 1] to the tower's input [N, 3, S, S]: antialiased bicubic resize, centre crop,
         normalise."""
-        return resize_normalize(images, self.image_size, self.image_mean, self.image_std, value_range=(0, 1))
+        return prepare(images, self.image_size, self.image_mean, self.image_std)
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Image embeddings [N, D], fp32, not normalised; differentiable."""
@@ -143,12 +145,7 @@ class CLIPReward(CosineReward):
                 raise InputError(f"reward directory {path} is incomplete: {file} is missing")
         if not has_vocabulary(processor):
             raise InputError(f"reward directory {path} is incomplete: {processor / 'tokenizer.json'} is missing")
-        try:
-            self.model = CLIPModel.from_pretrained(
-                path, local_files_only=True, dtype=torch.float32, attn_implementation="sdpa"
-            )
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"reward directory {path} cannot be loaded: {error}") from None
+        self.model: Any = load_transformers(CLIPModel, path)
         vision = (self.model.vision_model, self.model.visual_projection)
         freeze(self.model, vision, dtype, activation=QuickGELUActivation)
         self.model.to(device)
@@ -160,14 +157,7 @@ class CLIPReward(CosineReward):
         super().__init__(form=form, scale=scale / divisor, device=device, dtype=dtype, text_cache=text_cache)
 
     def preprocess(self, images: Tensor) -> Tensor:
-        # Where the margins of a side differ by a pixel, transformers crops nearer to the top and left, torchvision to
-        # where the margin is even.
-        short = min(images.shape[-2:])
-        margins = {dim: int(self.image_size * images.shape[dim] / short) - self.image_size for dim in (-2, -1)}
-        mirrored = [dim for dim, margin in margins.items() if round(margin / 2) != margin // 2]
-        if not mirrored:
-            return super().preprocess(images)
-        return super().preprocess(images.flip(mirrored)).flip(mirrored)
+        return clip_normalize(images, self.image_size, self.image_mean, self.image_std)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         return self.model.get_image_features(pixel_values=pixels).pooler_output
@@ -185,13 +175,17 @@ class CLIPReward(CosineReward):
 
 
 class OpenCLIPReward(CosineReward):
-    """An open_clip checkpoint file, such as HPSv2.1 (``HPS_v2.1_compressed.pt``, ViT-H-14).
+    """Any open_clip model, from a checkpoint file: HPSv2.1 (``HPS_v2.1_compressed.pt``, ViT-H-14), SigLIP, and so on.
 
     Args:
         path: checkpoint file, loaded strictly and without unpickling code. architecture: open_clip model name.
+        processor: directory of the tokenizer; for models whose tokenizer does not come with open_clip.
+        tag: open_clip's name of the weights that the checkpoint is or was trained from, which decides about
+            preprocessing. None: that of all registered weights of the architecture if they agree (SigLIP squashes and
+            has statistics of its own), and otherwise OpenAI's.
         logit_scale, divisor and all others: as for `CLIPReward`.
 
-    Raises `InputError` when the file is missing or does not fit the architecture.
+    Raises `InputError` when a file is missing or does not fit the architecture.
     """
 
     def __init__(
@@ -199,6 +193,8 @@ class OpenCLIPReward(CosineReward):
         path: str | Path,
         *,
         architecture: str = "ViT-H-14",
+        processor: str | Path | None = None,
+        tag: str | None = None,
         device: str | torch.device = "cpu",
         logit_scale: bool = False,
         divisor: float = 1.0,
@@ -209,23 +205,24 @@ class OpenCLIPReward(CosineReward):
         import open_clip
         from open_clip.transformer import QuickGELU
 
-        if not Path(path).is_file():
-            raise InputError(f"reward checkpoint {path} does not exist")
-        if architecture not in open_clip.list_models():
-            raise InputError(f"reward architecture {architecture!r} is not an open_clip model name")
-        try:
-            self.model = open_clip.create_model(architecture, pretrained=str(path), device=device)
-        except Exception as error:  # whatever unpickling and a strict state dict may raise
-            reason = str(error) or type(error).__name__
-            raise InputError(f"reward checkpoint {path} does not fit {architecture}: {reason}") from None
+        self.model = load_open_clip(path, architecture, device)
         freeze(self.model, (self.model.visual,), dtype, activation=QuickGELU)
-        self.architecture = open_clip.get_model_config(architecture)
-        self.tokenizer = open_clip.get_tokenizer(architecture)
+        self.architecture: dict[str, Any] = open_clip.get_model_config(architecture)
+        self.tokenizer = _open_clip_tokenizer(architecture, self.architecture["text_cfg"], processor)
         size = self.model.visual.image_size
         self.image_size = size if isinstance(size, int) else size[0]
-        self.image_mean, self.image_std = self.model.visual.image_mean, self.model.visual.image_std
+        registered = _preprocessing(architecture, tag)
+        self.image_mean = registered.get("mean", self.model.visual.image_mean)
+        self.image_std = registered.get("std", self.model.visual.image_std)
+        self.resize: dict[str, Any] = dict(
+            squash=registered.get("resize_mode", "shortest") == "squash",
+            interpolation=registered.get("interpolation", "bicubic"),
+        )
         scale = self.model.logit_scale.exp().item() if logit_scale else 1.0
         super().__init__(form=form, scale=scale / divisor, device=device, dtype=dtype, text_cache=text_cache)
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        return prepare(images, self.image_size, self.image_mean, self.image_std, **self.resize)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         return self.model.encode_image(pixels)
@@ -239,3 +236,37 @@ class OpenCLIPReward(CosineReward):
     def _text_tower(self) -> tuple[dict[str, Tensor], str]:
         weights = {name: tensor for name, tensor in self.model.state_dict().items() if not name.startswith("visual.")}
         return weights, json.dumps(self.architecture, sort_keys=True)
+
+
+def _open_clip_tokenizer(architecture: str, text: Mapping[str, Any], processor: str | Path | None) -> Any:
+    import open_clip
+
+    hub = text.get("hf_tokenizer_name")
+    if not hub:
+        return open_clip.get_tokenizer(architecture)
+    if processor is None:
+        raise InputError(
+            f"reward.processor is needed for architecture {architecture}: the directory of its tokenizer ({hub})"
+        )
+    if not has_vocabulary(Path(processor)):
+        raise InputError(f"reward.processor {processor} holds no tokenizer (of {hub}): tokenizer.json is missing")
+    length = text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
+    options = dict(text.get("tokenizer_kwargs", {}))
+    return open_clip.tokenizer.HFTokenizer(str(processor), context_length=length, **options)
+
+
+def _preprocessing(architecture: str, tag: str | None) -> dict[str, Any]:
+    """What open_clip registers of the preprocessing: mean, std, interpolation and resize_mode, where known."""
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if tag is not None and tag not in tags:
+        raise InputError(f"reward.tag {tag!r} is no open_clip weights of {architecture}; there are {', '.join(tags)}")
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    found: list[dict[str, Any]] = []
+    for name in tags if tag is None else [tag]:
+        registered = open_clip.get_pretrained_cfg(architecture, name)
+        entry = {key: registered[key] for key in keys if registered.get(key)}
+        if entry not in found:
+            found.append(entry)
+    return found[0] if len(found) == 1 else {}

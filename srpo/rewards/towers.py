@@ -1,18 +1,67 @@
-"""A loaded CLIP model as a frozen reward wants it."""
+"""Models of rewards, loaded strictly from local files, and made as a frozen reward wants them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from srpo.errors import InputError
 from srpo_kernels import quick_gelu
 
-__all__ = ["freeze"]
+__all__ = ["freeze", "load_open_clip", "load_transformers"]
+
+
+def load_transformers(kind: Any, path: Path, others: tuple[str, ...] = ()) -> Any:
+    """The transformers model of class `kind` in a directory, in fp32 and with fused attention.
+
+    Args:
+        others: beginnings of names in the directory's weights that are for other models.
+
+    Raises `InputError` when it cannot be loaded, or a weight is missing, unexpected or of another shape.
+    """
+    name = f"reward directory {path}"
+    if not (path / "config.json").is_file():
+        raise InputError(f"{name} is incomplete: {path / 'config.json'} is missing")
+    options: dict[str, Any] = dict(local_files_only=True, dtype=torch.float32, attn_implementation="sdpa")
+    try:  # mismatched weights are told below, by name
+        model, info = kind.from_pretrained(path, ignore_mismatched_sizes=True, output_loading_info=True, **options)
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        raise InputError(f"{name} cannot be loaded: {error}") from None
+    # Older files hold the buffer that newer models make themselves.
+    surplus = [key for key in info["unexpected_keys"] if not (key.endswith("position_ids") or key.startswith(others))]
+    resized = [f"{key} {list(found)} instead of {list(wanted)}" for key, found, wanted in info["mismatched_keys"]]
+    # A weight of another size counts as missing, too.
+    missing = set(info["missing_keys"]) - {key for key, *_ in info["mismatched_keys"]}
+    for label, keys in (("missing", missing), ("unexpected", surplus), ("mismatched", resized)):
+        if keys:
+            listed = ", ".join(sorted(keys)[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+            raise InputError(f"{name} does not fit {kind.__name__}: {label} weights {listed}")
+    return model
+
+
+def load_open_clip(path: str | Path, architecture: str, device: str | torch.device) -> Any:
+    """The open_clip model of a checkpoint file, loaded strictly and without unpickling code, in fp32.
+
+    Raises `InputError` when the file is missing or does not fit the architecture.
+    """
+    import open_clip
+
+    if not Path(path).is_file():
+        raise InputError(f"reward checkpoint {path} does not exist")
+    if architecture not in open_clip.list_models():
+        raise InputError(f"reward architecture {architecture!r} is not an open_clip model name")
+    try:
+        return open_clip.create_model(architecture, pretrained=str(path), device=device)
+    except Exception as error:  # whatever unpickling and a strict state dict may raise
+        reason = str(error) or type(error).__name__
+        raise InputError(f"reward checkpoint {path} does not fit {architecture}: {reason}") from None
 
 
 def freeze(model: nn.Module, vision: Sequence[nn.Module], dtype: torch.dtype, *, activation: type[nn.Module]) -> None:
