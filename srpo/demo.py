@@ -38,7 +38,7 @@ __all__ = ["GATES", "STEERABLE", "run_demo"]
 
 #: What `--control` accepts: attribute -> the two words it is steered towards, and the updates that takes. A model this
 #: small loses what a digit is when it is pushed further, so each direction stops when it has moved far enough.
-STEERABLE = {"stroke": {"bold": 8, "thin": 10}, "colour": {"red": 8, "blue": 10}}
+STEERABLE = {"stroke": {"bold": 9, "thin": 11}, "colour": {"red": 13, "blue": 16}}
 #: What a run must reach for the demo to succeed.
 GATES = {"shift": 1.5, "accuracy": 0.90, "diversity": 0.80}
 
@@ -132,7 +132,7 @@ def _evaluate(judge: Judge, config: TrainConfig, flux: Flux, count: int) -> tupl
     size, labels = (objective.height, objective.width), _labels(count)
     images = sample_images(
         flux,
-        flux.noise(count, *size, generator(0, 0, 0, "evaluation")),
+        flux.noise(count, *size, generator(1, 0, 0, "evaluation")),
         [f"digit {NAMES[int(label)]}" for label in labels],
         size=size,
         steps=config.run.sample_steps,

@@ -72,8 +72,8 @@ class Flux:
         self.transformer = pipeline.transformer
         self.vae = pipeline.vae
         self.patched: PatchHandle | None = None
-        self._called = self.transformer  # by `velocity` and `trajectory`
-        self._view: Any = None  # of a sharded transformer, to call while it is gathered
+        self._view: Any = None  # of a sharded transformer, to call while it is
+        self._gathered = False
         if precision == "fp8":
             convert_to_float8(self.transformer)
         self.quantized = Float8Rollout(self.transformer) if precision in ("fp8-rollout", "fp8") else None
@@ -147,17 +147,22 @@ class Flux:
 
         Within another such context, or of a transformer that is not sharded, nothing happens.
         """
-        if self._view is None or self._called is self._view:
+        if self._view is None or self._gathered:
             yield
             return
         with gathered(self.transformer):
             if self.quantized is not None:
                 self.quantized.refresh(force=True)  # gathered tensors do not tell that they changed
-            self._called = self._view
+            self._gathered = True
             try:
                 yield
             finally:
-                self._called = self.transformer
+                self._gathered = False
+
+    @property
+    def _called(self) -> Any:
+        """What `velocity` and `trajectory` call."""
+        return self._view if self._gathered else self.transformer
 
     @property
     def device(self) -> torch.device:

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as vision
 
 import srpo.objective
-import srpo.rewards.cosine
+import srpo.rewards.preprocess
 from srpo.runlog import read_log
 from srpo.trainer import Trainer
 from srpo_kernels.latents import unpack as unpack_tokens
@@ -48,7 +48,7 @@ def test_loss_trajectory_is_that_of_the_formulas(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(srpo.objective, "inject_noise", _inject)
     monkeypatch.setattr(srpo.objective, "recover", _recover)
     monkeypatch.setattr(srpo.rewards.cosine, "relative_reward", _relative)
-    monkeypatch.setattr(srpo.rewards.cosine, "resize_normalize", _resize)
+    monkeypatch.setattr(srpo.rewards.preprocess, "resize_normalize", _resize)
     Trainer(quick_config(tmp_path / "formulas", "srpo.updates=4")).fit()
     ours, plain = (
         torch.tensor([list(record["losses"].values()) for record in read_log(tmp_path / name)])

@@ -33,7 +33,7 @@ class Steps:
 
     vae: int = 400
     clip: int = 500
-    flow: int = 3600
+    flow: int = 7000
 
     def scaled(self, factor: float) -> Steps:
         """These steps times `factor`, at least one each, for a quick and worse build; ValueError unless positive."""

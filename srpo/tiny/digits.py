@@ -2,7 +2,8 @@
 
 The digits are scikit-learn's `load_digits`: 1797 8x8 images of the UCI "Optical Recognition of Handwritten Digits"
 data (E. Alpaydin, C. Kaynak; CC BY 4.0).  Each is enlarged to 32x32, moved, sheared and made bolder or thinner, and
-written in ink of a colour between red, near-black and blue on white paper.
+written in ink of a colour between red, near-black and blue on white paper.  Over half of them are left out, in
+training and held out alike: the illegible (a loop filled or open, a blot, a one like an L) and the least typical.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import label as components
 from sklearn.datasets import load_digits
 from torch import Tensor
 
 from srpo.tiny import ATTRIBUTES
 
 __all__ = [
+    "HOLES",
     "NAMES",
     "SIZE",
     "Digits",
@@ -35,12 +38,18 @@ __all__ = [
     "measure",
     "random_caption",
     "tint",
+    "topology",
 ]
 
 SIZE = 32
 FINE = 64  # the digits are drawn at this size first
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-TRAIN_DIGITS = 1400
+HOLES = (1, 0, 0, 0, 0, 0, 1, 0, 2, 1)  # in a legible digit of each class; a four is written open
+BOLDEST, THINNEST = -0.31, 0.33  # how far a pen moves a stroke's edge inwards, as a share of half the stroke's width
+BLOT = 11.0  # half the width, in fine pixels, of a stroke in which no shape is left to see
+LEAN = -0.15  # the slant from which on a one looks like an L
+HELD_OUT = 397  # of the 1797 digits, before any are left out
+EACH = 100  # training digits of each class
 DARKEST = 0.08  # the smallest channel of every ink, so that coverage does not depend on its colour
 NAMED = 0.6  # an attribute gets a word when it is this many standard deviations from its class's mean
 
@@ -99,6 +108,12 @@ def measure(images: Tensor) -> dict[str, Tensor]:
     return {key: value.float() for key, value in values.items()}
 
 
+def topology(written: np.ndarray) -> tuple[int, int]:
+    """How many pieces a written digit [H, W] bool is in, and how many holes it has."""
+    paper = np.pad(~written, 1, constant_values=True)
+    return components(written, np.ones((3, 3)))[1], components(paper)[1] - 1
+
+
 def caption(label: int, words: Sequence[str] = ()) -> str:
     """The caption of a digit: "digit seven", or "slanted bold digit seven" with attribute words."""
     return " ".join([*words, "digit", NAMES[label]])
@@ -136,7 +151,8 @@ def _outlines(digits: Tensor) -> tuple[Tensor, Tensor]:
     strokes bolder or thinner without breaking them, which thresholding the grey values does.
     """
     smooth = F.interpolate(digits[:, None], size=(FINE, FINE), mode="bicubic", align_corners=False)
-    inside = (smooth / _nearby_maximum(smooth).clamp(min=0.5) > 0.48)[:, 0].numpy()
+    darkest, lightest = _nearby_maximum(smooth).clamp(min=0.5), -_nearby_maximum(-smooth)
+    inside = (smooth > 0.44 * darkest + 0.5 * lightest)[:, 0].numpy()  # small loops stay open: their middle is grey
     within = torch.from_numpy(np.stack([distance_transform_edt(x) for x in inside])).float()
     outside = torch.from_numpy(np.stack([distance_transform_edt(~x) for x in inside])).float()
     distance = F.avg_pool2d((within - outside)[:, None], 3, stride=1, padding=1, count_include_pad=False)
@@ -149,12 +165,29 @@ def _nearby_maximum(x: Tensor) -> Tensor:
     return F.avg_pool2d(largest, 9, 1, 4, count_include_pad=False)
 
 
-def _write(outlines: tuple[Tensor, Tensor], rng: np.random.Generator) -> Tensor:
+def _legible(distance: Tensor, half_width: Tensor, labels: Tensor) -> Tensor:
+    """Which outlined digits [N] have no blot and, with the boldest and the thinnest pen, one piece and their holes."""
+    legible = distance[:, 12:52].amax((1, 2)) <= BLOT  # where strokes end at the top and bottom edge they look wider
+    lean = measure(tint((distance / 3 + 0.5).clamp(0, 1), torch.zeros(len(distance))))["slant"]
+    legible &= (labels != 1) | (lean > LEAN)
+    for pen in (BOLDEST, THINNEST):
+        written = (distance > pen * half_width).numpy()
+        legible &= torch.tensor([topology(x) == (1, HOLES[c]) for x, c in zip(written, labels.tolist(), strict=True)])
+    return legible
+
+
+def _typical(distance: Tensor, digits: Tensor) -> Tensor:
+    """The two thirds of `digits` [M], outlined and of one class, that have others most like them."""
+    shapes = F.avg_pool2d((distance[digits, None] / 3 + 0.5).clamp(0, 1), 4).flatten(1)
+    rarity = torch.cdist(shapes, shapes).topk(11, largest=False)[0].sum(1)  # how far it is to the nearest ten
+    return digits[rarity <= rarity.quantile(2 / 3)]
+
+
+def _write(distance: Tensor, half_width: Tensor, rng: np.random.Generator) -> Tensor:
     """Images [N, 3, 32, 32] of outlined digits, each with its own pen: width, scale, shear, place and colour."""
-    distance, half_width = outlines
     n = len(distance)
-    offset = (0.1 + 0.52 * _triangular(rng, n))[:, None, None] * half_width
-    coverage = ((distance - offset) / 3 + 0.5).clamp(0, 1)  # an edge of 3 fine pixels, without aliasing
+    pen = (BOLDEST + THINNEST) / 2 + (THINNEST - BOLDEST) / 2 * _triangular(rng, n)
+    coverage = ((distance - pen[:, None, None] * half_width) / 3 + 0.5).clamp(0, 1)  # an edge of 3 fine pixels
     transform = torch.zeros(n, 2, 3)
     transform[:, 0, 0] = transform[:, 1, 1] = _uniform(rng, 1.15, 1.25, n)
     transform[:, 0, 1] = _uniform(rng, -0.1, 0.1, n)
@@ -173,30 +206,37 @@ def _uniform(rng: np.random.Generator, low: float, high: float, n: int) -> Tenso
 
 
 def load(*, seed: int = 0, copies: int = 8) -> Digits:
-    """1400 digits x `copies` differently written images to train on, and 397 other digits held out, each once."""
+    """1000 x `copies` differently written images of legible digits, zero to nine in turn, and of others held out, once.
+
+    A class with fewer than 100 such digits to train on repeats them, each time written differently.
+    """
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))  # the same digits are held out for every seed
     rng = np.random.default_rng(seed)
-    digits, labels = torch.from_numpy(data.images[order] / 16).float(), torch.from_numpy(data.target[order]).long()
-    train, train_labels = _outlines(digits[:TRAIN_DIGITS]), labels[:TRAIN_DIGITS].repeat(copies)
-    images = torch.cat([_write(train, rng) for _ in range(copies)])
+    labels = torch.from_numpy(data.target[order]).long()
+    distance, half_width = _outlines(torch.from_numpy(data.images[order] / 16).float())
+    legible, trained = _legible(distance, half_width, labels), len(order) - HELD_OUT
+    classes = [_typical(distance, (legible & (labels == c)).nonzero()[:, 0]) for c in range(len(NAMES))]
+    train = torch.from_numpy(np.stack([np.resize(digits[digits < trained], EACH) for digits in classes], 1).flatten())
+    test = torch.cat([digits[digits >= trained] for digits in classes]).sort()[0]
+    images = torch.cat([_write(distance[train], half_width[train], rng) for _ in range(copies)])
+    train_labels = labels[train].repeat(copies)
     values = measure(images)
     table = {
         key: torch.stack([torch.stack([v[train_labels == c].mean(), v[train_labels == c].std()]) for c in range(10)])
         for key, v in values.items()
     }
-    held_out = _write(_outlines(digits[TRAIN_DIGITS:]), rng)
-    return Digits(images, train_labels, held_out, labels[TRAIN_DIGITS:], Stats(table))
+    return Digits(images, train_labels, _write(distance[test], half_width[test], rng), labels[test], Stats(table))
 
 
 def export_images(out: Path, count: int, seed: int) -> None:
     """Write `count` training digits as PNG files into `out`, with a `metadata.jsonl` of plain captions.
 
     Each line is {"file_name": "00000.png", "text": "digit seven"}, the layout of Hugging Face's image folders.
-    Raises ValueError when `count` is not between 1 and 11200.
+    Raises ValueError when `count` is not between 1 and 8000.
     """
-    if not 1 <= count <= TRAIN_DIGITS * 8:
-        raise ValueError(f"count must be between 1 and {TRAIN_DIGITS * 8}, got {count}")
+    if not 1 <= count <= len(NAMES) * EACH * 8:
+        raise ValueError(f"count must be between 1 and {len(NAMES) * EACH * 8}, got {count}")
     data = load(seed=seed)
     out.mkdir(parents=True, exist_ok=True)
     pixels = (data.images[:count].permute(0, 2, 3, 1) * 255).round().byte().numpy()
