@@ -35,8 +35,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: setup  ## write docs/ops.md from the registry
+docs: setup  ## write docs/ops.md from the registry, and the tables of docs from benchmarks/results
 	$(BIN)/python docs/ops.py
+	$(BIN)/python docs/tables.py
 
 readme: setup  ## measure the demo again and put its table and picture into the README
 	rm -rf runs/readme

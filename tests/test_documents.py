@@ -7,6 +7,7 @@ import inspect
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,13 +20,25 @@ from srpo_kernels.ops._register import OPS
 ROOT = Path(__file__).parent.parent
 
 
-def test_ops_page_is_what_the_registry_says() -> None:
-    spec = importlib.util.spec_from_file_location("ops_page", ROOT / "docs/ops.py")
+def script(name: str) -> Any:
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"docs/{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs/ops.md").read_text() == module.document(), "run `make docs`"
+    return module
+
+
+def test_ops_page_is_what_the_registry_says() -> None:
+    assert (ROOT / "docs/ops.md").read_text() == script("ops").document(), "run `make docs`"
+
+
+def test_tables_are_what_the_result_files_say() -> None:
+    pages = [page.read_text() for page in (ROOT / "docs").glob("*.md")]
+    for page in pages:
+        assert page == script("tables").filled(page), "run `make docs`"
+    assert sum(page.count("<!-- table ") for page in pages) == len(script("tables").TABLES)
 
 
 def test_every_public_operator_is_described_tested_and_timed() -> None:
