@@ -189,7 +189,8 @@ def shifts(precisions: Sequence[Precision], seeds: Sequence[int], control: str =
                 run = replace(config.run, dir=str(Path(directory) / "run"), seed=seed, sample_every=0, save_every=100)
                 trainer = Trainer(replace(config, run=run))
                 before = _measure(judge, config, trainer.flux)
-                trainer.fit()
+                if trainer.fit() < config.srpo.updates:
+                    raise SystemExit("stopped by a signal")
                 after = _measure(judge, config, trainer.flux)
             shift = after[attribute] - before[attribute]
             yield {"precision": precision, "seed": seed, "shift": shift, "accuracy": after["accuracy"]}
