@@ -395,8 +395,13 @@ class Trainer:
 
 
 def clean_batches(config: TrainConfig, world: int) -> int:
-    """Clean batches that each rank needs for one update. Raises `InputError` when they cannot be dealt out evenly."""
+    """Clean batches that each rank needs for one update.
+
+    Raises `InputError` when these cannot be dealt out evenly, or the ranks not into groups that share parameters.
+    """
     run = config.run
+    if world > 1 and world % (run.shard_size or 1):
+        raise InputError(f"run.shard_size ({run.shard_size}) must divide the number of ranks, {world}")
     share = world * run.micro_batch * run.draws_per_rollout
     if config.srpo.batch_size % share:
         raise InputError(

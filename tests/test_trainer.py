@@ -408,3 +408,10 @@ def test_torch_s_optimizer_trains_the_same(tmp_path: Path) -> None:
     for ours, theirs in zip(read_log(tmp_path / "srpo"), read_log(tmp_path / "torch"), strict=True):
         assert ours["losses"]["total"] == pytest.approx(theirs["losses"]["total"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def test_groups_that_share_parameters_divide_the_ranks(tmp_path: Path) -> None:
+    config = quick_config(tmp_path, "srpo.batch_size=8", "run.micro_batch=1", "run.sharding=hsdp", "run.shard_size=3")
+    with pytest.raises(InputError, match=r"run\.shard_size \(3\) must divide the number of ranks, 4"):
+        srpo.trainer.clean_batches(config, 4)
+    assert srpo.trainer.clean_batches(config, 1) == 8
