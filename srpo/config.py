@@ -93,6 +93,9 @@ class RunConfig:
     # shard_size of them, each such group holding everything.
     sharding: Literal["none", "fsdp", "hsdp"] = "none"
     shard_size: int | None = None
+    # Sharded ranks average gradients in every backward, holding their shares; or in an update's last one, holding them
+    # whole until then. Replicas (hsdp) average their shares in the last one either way.
+    reduce: Literal["backward", "update"] = "backward"
     rollout_solver: Solver = "euler"  # adams2: second order, so fewer srpo.rollout_steps for the same error
     save_every: int = 5  # updates between checkpoints
     keep: int = 2  # checkpoints kept

@@ -141,6 +141,15 @@ class Flux:
         self._view = view(self.transformer, lambda *_: None)
         shard(self.transformer, mesh)
 
+    def reduce_gradients(self, last: bool, *, every: bool) -> None:
+        """Before a backward: whether ranks average sharded gradients in it, as they must in an update's `last` one.
+
+        Those that share parameters do so in `every` one, or hold them whole until the last; replicas in the last.
+        """
+        if self._view is not None:
+            self.transformer.set_requires_gradient_sync(last or every)
+            self.transformer.set_requires_all_reduce(last)
+
     @contextmanager
     def whole(self) -> Iterator[None]:
         """All parameters of a sharded transformer in this process, for calls without gradients; by all ranks together.

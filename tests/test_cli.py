@@ -184,9 +184,9 @@ def test_two_ranks_average_their_gradients(tmp_path: Path) -> None:
 
     trainer = Trainer(quick_config(tmp_path / "one", "srpo.updates=1", "srpo.batch_size=2"))
     for rank in (0, 1):
-        trainer.ranks = Ranks(rank, 2, torch.device("cpu"))
-        batch = trainer._clean_batch(0, 0, lambda: None)
-        (trainer._draw(0, f"{rank}/0", *batch).loss / 2).backward()
+        trainer.batches._ranks = Ranks(rank, 2, torch.device("cpu"))
+        batch = trainer.batches.load(0, 0, lambda: None)
+        (trainer.update.draw(0, f"{rank}/0", batch).loss / 2).backward()
     torch.nn.utils.clip_grad_norm_(trainer.parameters, trainer.config.srpo.max_grad_norm)
     trainer.optimizer.step()
     saved = load_file(tmp_path / "two/checkpoints/step-000001/transformer.safetensors")

@@ -283,7 +283,7 @@ def test_run_computes_what_it_needs_and_lets_go_of_the_encoders(tmp_path: Path) 
     trainer = Trainer(config)
     assert trainer.flux.texts is not None
     assert not trainer.flux.texts.loaded
-    texts = {caption.text for index in range(2) for caption in trainer._chosen(0, index)[0]}
+    texts = {caption.text for index in range(2) for caption in trainer.batches.chosen(0, index)[0]}
     assert trainer.flux.texts.cache.missing(sorted(texts)) == []
     calls: list[str] = []
     trainer.flux.texts._load = calls.append  # type: ignore[assignment,method-assign]
@@ -354,13 +354,13 @@ def test_image_that_vanishes_during_a_run_gives_way_to_the_next(tmp_path: Path) 
     export_images(images, 12, 0)
     overrides = ["data.mode=offline", f"data.images={images}", "data.max_bad_fraction=0.1", "srpo.updates=1"]
     trainer = Trainer(quick_config(tmp_path / "run", *overrides))
-    victim = trainer._chosen(0, 0)[1][0]
+    victim = trainer.batches.chosen(0, 0)[1][0]
     victim.path.unlink()
     with pytest.warns(UserWarning, match="another image takes its place"):
-        x0, _, captions = trainer._clean_batch(0, 0, lambda: None)
+        x0, _, captions = trainer.batches.load(0, 0, lambda: None)
     with pytest.warns(UserWarning, match="cannot be used"):
         restarted = Trainer(quick_config(tmp_path / "other", *overrides))
-    x0_again, _, captions_again = restarted._clean_batch(0, 0, lambda: None)
+    x0_again, _, captions_again = restarted.batches.load(0, 0, lambda: None)
     assert captions == captions_again
     assert torch.equal(x0, x0_again)
 

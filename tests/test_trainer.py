@@ -14,7 +14,7 @@ import torch
 from helpers import quick_config, state_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import srpo.trainer
+import srpo.batches
 from srpo.checkpoint import Checkpoints, SaveError
 from srpo.distributed import Ranks
 from srpo.errors import InputError
@@ -76,9 +76,9 @@ def test_offline_mode_never_rolls_out(images: Path, tmp_path: Path, monkeypatch:
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("rollout called")
 
-    monkeypatch.setattr(srpo.trainer, "rollout", forbidden)
+    monkeypatch.setattr(srpo.batches, "rollout", forbidden)
     trainer = Trainer(quick_config(tmp_path, "srpo.updates=1", *modes(images)["offline"]))
-    x0, noise, captions = trainer._clean_batch(0, 0, lambda: None)
+    x0, noise, captions = trainer.batches.load(0, 0, lambda: None)
     assert x0.shape == noise.shape == (2, 16, 16)
     assert all(caption.text.startswith("digit ") for caption in captions)
     trainer.fit()
@@ -86,8 +86,8 @@ def test_offline_mode_never_rolls_out(images: Path, tmp_path: Path, monkeypatch:
 
 def test_reuse_halves_the_rollouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    original = srpo.trainer.rollout
-    monkeypatch.setattr(srpo.trainer, "rollout", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = srpo.batches.rollout
+    monkeypatch.setattr(srpo.batches, "rollout", lambda *a, **k: calls.append(1) or original(*a, **k))
     Trainer(quick_config(tmp_path / "a", "srpo.updates=1")).fit()
     Trainer(quick_config(tmp_path / "b", "srpo.updates=1", "run.draws_per_rollout=2")).fit()
     assert len(calls) == 2 + 1
@@ -99,8 +99,8 @@ def test_noise_is_shared_or_independent(tmp_path: Path) -> None:
         trainer = Trainer(quick_config(tmp_path / kind, f"srpo.noise={kind}"))
         drawn = []
         for rank in (0, 1):
-            trainer.ranks = Ranks(rank, 1, torch.device("cpu"))
-            drawn += [trainer._clean_batch(0, index, lambda: None)[1] for index in (0, 1)]
+            trainer.batches._ranks = Ranks(rank, 1, torch.device("cpu"))
+            drawn += [trainer.batches.load(0, index, lambda: None)[1] for index in (0, 1)]
         return drawn
 
     shared, independent = noises("shared"), noises("independent")
@@ -115,9 +115,9 @@ def test_prompts_of_ranks_and_steps_do_not_repeat_within_an_epoch(tmp_path: Path
     seen = []
     for step in range(5):
         for rank in (0, 1):
-            trainer.ranks = Ranks(rank, 2, torch.device("cpu"))
-            trainer.clean_batches = 1
-            seen += trainer._clean_batch(step, 0, lambda: None)[2]
+            trainer.batches._ranks = Ranks(rank, 2, torch.device("cpu"))
+            trainer.batches.count = 1
+            seen += trainer.batches.load(step, 0, lambda: None)[2]
     assert len(set(seen)) == len(seen) == 10  # all ten prompts of the tiny world, once
 
 
@@ -148,7 +148,7 @@ class _WeightGradients(TorchDispatchMode):
 @pytest.mark.parametrize("kernels", ["auto", "off"])
 def test_frozen_image_path_gets_no_weight_gradient(kernels: str, tmp_path: Path) -> None:
     trainer = Trainer(quick_config(tmp_path, "srpo.updates=1", f"model.kernels={kernels}"))
-    loss = trainer._draw(0, "0/0", *trainer._clean_batch(0, 0, lambda: None)).loss
+    loss = trainer.update.draw(0, "0/0", trainer.batches.load(0, 0, lambda: None)).loss
     with _WeightGradients() as found:
         loss.backward()
     assert found.count == 0
@@ -194,16 +194,16 @@ def test_text_towers_run_in_their_own_phase_once_a_prompt(
 
     for tower in towers:
         tower.register_forward_pre_hook(called)
-    embed = trainer._embed_texts
+    embed = trainer.batches.embed_texts
 
-    def phase(step: int, captions: list[str]) -> None:
+    def phase(step: int, index: int) -> None:
         allowed.append(True)
-        embed(step, captions)
+        embed(step, index)
         allowed.clear()
 
-    monkeypatch.setattr(trainer, "_embed_texts", phase)
+    monkeypatch.setattr(trainer.batches, "embed_texts", phase)
     trainer.fit()
-    captions = {caption for step in range(3) for caption in trainer._chosen(step, 0)[0]}
+    captions = {caption for step in range(3) for caption in trainer.batches.chosen(step, 0)[0]}
     words = 1 if form == "image_only" else 2
     assert [calls.count(tower) for tower in towers] == [len(captions), len(captions), words * len(captions)]
     for record in read_log(tmp_path):
@@ -227,11 +227,11 @@ def test_gradient_is_the_mean_over_draws_and_clipped(tmp_path: Path) -> None:
     trainer = Trainer(quick_config(tmp_path, "srpo.updates=1", "srpo.max_grad_norm=1e-3"))
     gradients = [torch.zeros_like(parameter) for parameter in trainer.parameters]
     for index in range(2):
-        batch = trainer._clean_batch(0, index, lambda: None)
-        trainer._draw(0, f"{index}/0", *batch).loss.backward()
+        batch = trainer.batches.load(0, index, lambda: None)
+        trainer.update.draw(0, f"{index}/0", batch).loss.backward()
     for total, parameter in zip(gradients, trainer.parameters, strict=True):
         total += parameter.grad / 2
-    trainer._update(0, lambda: None)
+    trainer._step(0, lambda: None)
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
     assert norm > 1e-3
     moments = trainer.optimizer.canonical_state_dict()["state"]
@@ -274,7 +274,7 @@ class _Poisoned:
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_non_finite_score_names_step_branch_and_prompt(poison: float, tmp_path: Path) -> None:
     trainer = Trainer(quick_config(tmp_path, "srpo.updates=3", "run.save_every=1"))
-    trainer.reward = _Poisoned(trainer.reward, poison)
+    trainer.update._reward = _Poisoned(trainer.reward, poison)
     with pytest.raises(
         NonFiniteError, match=r"update 2: the inversion branch scored -?(nan|inf) for prompt 'digit \w+'"
     ):
@@ -413,5 +413,5 @@ def test_torch_s_optimizer_trains_the_same(tmp_path: Path) -> None:
 def test_groups_that_share_parameters_divide_the_ranks(tmp_path: Path) -> None:
     config = quick_config(tmp_path, "srpo.batch_size=8", "run.micro_batch=1", "run.sharding=hsdp", "run.shard_size=3")
     with pytest.raises(InputError, match=r"run\.shard_size \(3\) must divide the number of ranks, 4"):
-        srpo.trainer.clean_batches(config, 4)
-    assert srpo.trainer.clean_batches(config, 1) == 8
+        srpo.batches.clean_batches(config, 4)
+    assert srpo.batches.clean_batches(config, 1) == 8

@@ -8,12 +8,12 @@ from typing import Literal, get_args
 
 import torch
 
+from srpo.batches import clean_batches
 from srpo.config import TrainConfig
 from srpo.errors import InputError
 from srpo.hardware import GPUS_PER_NODE, Gpu
 from srpo.models import compute_dtype
 from srpo.plan.sizes import Sizes
-from srpo.trainer import clean_batches
 
 __all__ = ["Setting", "Sharding"]
 

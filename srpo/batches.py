@@ -1,0 +1,141 @@
+"""The clean batches of an update: which prompts and images, their control words and texts, and where x0 comes from."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from srpo.config import TrainConfig
+from srpo.data import BadImageError, CaptionedImage
+from srpo.distributed import Ranks
+from srpo.errors import InputError
+from srpo.models import Flux
+from srpo.objective import with_control
+from srpo.prompts import Prompt
+from srpo.randomness import generator
+from srpo.rewards import Reward
+from srpo.sampling import rollout
+from srpo.sources import Sources
+
+__all__ = ["CleanBatch", "CleanBatches", "clean_batches"]
+
+
+class CleanBatch(NamedTuple):
+    """Packed latents x0 [B, S, 4C], the noise [B or 1, S, 4C] that Direct-Align injects, and B captions."""
+
+    x0: Tensor
+    noise: Tensor
+    captions: list[Prompt]
+
+
+class CleanBatches:
+    """This rank's clean batches: `count` an update.
+
+    A batch's content depends on the step and its number among those of all ranks alone, so any number of ranks trains
+    on the same ones, and resuming is exact.
+    """
+
+    def __init__(self, config: TrainConfig, ranks: Ranks, flux: Flux, reward: Reward, sources: Sources) -> None:
+        self.config = config
+        self.count = clean_batches(config, ranks.world)
+        self.size = (config.srpo.height, config.srpo.width)
+        self._ranks, self._flux, self._reward, self._sources = ranks, flux, reward, sources
+
+    def number(self, index: int) -> int:
+        """Number of this rank's batch `index` among those of all ranks."""
+        return self._ranks.rank * self.count + index
+
+    def chosen(self, step: int, index: int) -> tuple[list[Prompt], list[CaptionedImage]]:
+        """Captions of a clean batch, and its images: none when it is a rollout's."""
+        run, batch = self.config.run, self.number(index)
+        first = (step * self._ranks.world * self.count + batch) * run.micro_batch
+        positions = range(first, first + run.micro_batch)
+        return self._sources.at(positions, generator(run.seed, step, 0, f"mode/{batch}"))
+
+    def controls(self, step: int, captions: Iterable[Prompt]) -> list[tuple[str, str]]:
+        """The control words of each caption."""
+        return [self._sources.controls.pair(step, caption.positive, caption.negative) for caption in captions]
+
+    def prepare_texts(self, start: int) -> None:
+        """Have all that this rank will encode from update `start` on in the cache on disk: no text encoder stays."""
+        if self._flux.texts is None:
+            return
+        batches = product(range(start, self.config.srpo.updates), range(self.count))
+        texts = [caption.text for batch in batches for caption in self.chosen(*batch)[0]]
+        if self._ranks.is_main and self.config.run.sample_every:
+            texts += self._sources.sample_prompts(self.config.run.sample_count)
+        try:
+            self._flux.texts.prepare(texts)
+        except OSError as error:
+            warnings.warn(f"text cache {self.config.model.text_cache} cannot be written: {error}", stacklevel=2)
+
+    def embed_texts(self, step: int, index: int) -> None:
+        """Have every text that a clean batch's rollout and draws ask for cached: no text tower runs in them."""
+        captions, _ = self.chosen(step, index)
+        texts = [caption.text for caption in captions]
+        self._flux.encode_prompts(texts)
+        if self.config.srpo.form == "image_only":
+            self._reward.embed_prompts(texts)
+        else:
+            # Each branch's positive word is the other's negative one.
+            pairs = zip(texts, self.controls(step, captions), strict=True)
+            self._reward.embed_prompts([with_control(word, text) for text, words in pairs for word in words])
+
+    def load(self, step: int, index: int, check: Callable[[], None]) -> CleanBatch:
+        """Clean latents, their noise and captions: from a rollout of that noise, or from real images.
+
+        `check` is called between rollout steps, and may raise.
+        """
+        objective, run = self.config.srpo, self.config.run
+        count = run.micro_batch
+        if objective.noise == "shared":
+            noise = self._flux.noise(1, *self.size, generator(run.seed, step, 0, "noise"))
+        else:
+            noise = self._flux.noise(count, *self.size, generator(run.seed, step, 0, f"noise/{self.number(index)}"))
+
+        captions, images = self.chosen(step, index)
+        while images:
+            latents = []
+            try:
+                for image in images:
+                    latents.append(self._sources.image_latents(image, self._flux.encode_images).to(noise.device))
+                return CleanBatch(torch.cat(latents), noise, captions)
+            except BadImageError as error:  # since it was checked: the one that resuming would find in its place
+                warnings.warn(f"{image.path} {error}; another image takes its place", stacklevel=2)
+                self._sources.reject(image, str(error))
+                captions, images = self.chosen(step, index)
+        x0 = rollout(
+            self._flux,
+            noise.expand(count, -1, -1),
+            [caption.text for caption in captions],
+            size=self.size,
+            steps=objective.rollout_steps,
+            shift=objective.shift,
+            guidance=objective.rollout_guidance,
+            solver=run.rollout_solver,
+            quantized=True,
+            on_step=check,
+        )
+        return CleanBatch(x0, noise, captions)
+
+
+def clean_batches(config: TrainConfig, world: int) -> int:
+    """Clean batches that each rank needs for one update.
+
+    Raises `InputError` when these cannot be dealt out evenly, or the ranks not into groups that share parameters.
+    """
+    run = config.run
+    if world > 1 and world % (run.shard_size or 1):
+        raise InputError(f"run.shard_size ({run.shard_size}) must divide the number of ranks, {world}")
+    share = world * run.micro_batch * run.draws_per_rollout
+    if config.srpo.batch_size % share:
+        raise InputError(
+            f"srpo.batch_size ({config.srpo.batch_size}) must be a multiple of ranks x run.micro_batch x "
+            f"run.draws_per_rollout = {world} x {run.micro_batch} x {run.draws_per_rollout} = {share}"
+        )
+    return config.srpo.batch_size // share
