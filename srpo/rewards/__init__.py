@@ -8,6 +8,7 @@ from srpo.rewards.aesthetic import AestheticReward, SiglipAestheticReward
 from srpo.rewards.base import ImageOnlyReward, Reward
 from srpo.rewards.config import RewardConfig, RewardPart, check_reward
 from srpo.rewards.cosine import CLIPReward, CosineReward, OpenCLIPReward
+from srpo.rewards.hpsv3 import HPSv3Reward
 from srpo.rewards.image_reward import ImageReward
 from srpo.rewards.load import checksums, load_reward
 from srpo.rewards.mixture import MixtureReward, Part
@@ -16,6 +17,7 @@ __all__ = [
     "AestheticReward",
     "CLIPReward",
     "CosineReward",
+    "HPSv3Reward",
     "ImageOnlyReward",
     "ImageReward",
     "MixtureReward",

@@ -20,6 +20,7 @@ _KEYS: dict[str, tuple[set[str], set[str]]] = {
     "aesthetic": ({"path", "head"}, set()),
     "siglip_aesthetic": ({"path", "head"}, set()),
     "image_reward": ({"path", "processor"}, set()),
+    "hpsv3": ({"path", "processor"}, set()),
     "mixture": ({"parts"}, set()),
 }
 #: Types that read no prompt.
@@ -33,9 +34,9 @@ class RewardModel:
     """One model and its files (docs/rewards.md)."""
 
     path: str = ""  # a transformers directory (clip, siglip_aesthetic; aesthetic, too) or a checkpoint file
-    type: Literal["clip", "open_clip", "aesthetic", "siglip_aesthetic", "image_reward", "mixture"] = "clip"
+    type: Literal["clip", "open_clip", "aesthetic", "siglip_aesthetic", "image_reward", "hpsv3", "mixture"] = "clip"
     head: str | None = None  # aesthetic, siglip_aesthetic: file of the predictor
-    processor: str | None = None  # directory of tokenizer (clip: and image processor), if not `path`
+    processor: str | None = None  # directory of tokenizer (and clip: image processor, hpsv3: configuration)
     architecture: str = "ViT-H-14"  # open_clip, and aesthetic on a checkpoint file: model name
     tag: str | None = None  # open_clip: the registered weights whose preprocessing to use, where they differ
 

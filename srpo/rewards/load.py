@@ -13,6 +13,7 @@ from srpo.rewards.aesthetic import AestheticReward, SiglipAestheticReward
 from srpo.rewards.base import Reward
 from srpo.rewards.config import IMAGE_ONLY, RewardConfig, RewardModel, check_reward
 from srpo.rewards.cosine import CLIPReward, OpenCLIPReward
+from srpo.rewards.hpsv3 import HPSv3Reward
 from srpo.rewards.image_reward import ImageReward
 from srpo.rewards.mixture import MixtureReward, Part
 from srpo.rewards.weights import checksum, weight_files
@@ -75,9 +76,9 @@ def _load(config: RewardModel, shared: dict[str, Any], logit_scale: bool, diviso
         if config.type == "siglip_aesthetic":
             return SiglipAestheticReward(place, head, **options)
         return AestheticReward(place, head, architecture=config.architecture, **options)
-    if config.type == "image_reward":
-        del options["text_cache"]  # the text tower looks at the image
-        return ImageReward(place, str(config.processor), **options)
+    if config.type in ("image_reward", "hpsv3"):
+        del options["text_cache"]  # what reads the text looks at the image
+        return (ImageReward if config.type == "image_reward" else HPSv3Reward)(place, str(config.processor), **options)
     options["logit_scale"] = logit_scale
     if config.type == "open_clip":
         options.update(architecture=config.architecture, processor=config.processor, tag=config.tag)
