@@ -24,8 +24,9 @@ from torch import Tensor
 from srpo.assets import TINY, resolve_asset
 from srpo.config import TrainConfig, load_config
 from srpo.latents import image_ids
-from srpo.models import Flux, Precision
+from srpo.models import Flux
 from srpo.objective import branches, srpo_loss
+from srpo.precision import Precision
 from srpo.randomness import generator
 from srpo.rewards import load_reward
 from srpo.sampling import rollout, sample_images

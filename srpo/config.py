@@ -15,9 +15,9 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from srpo.controls import ControlGroup, ControlPhase, control_group, parse_groups, parse_schedule
 from srpo.errors import InputError
-from srpo.models import Precision
 from srpo.objective import SRPOConfig
 from srpo.optimizer import OptimizerConfig
+from srpo.precision import Precision
 from srpo.rewards import RewardConfig, check_reward
 from srpo.sampling import Solver
 from srpo_kernels.patching import PATCHABLE
@@ -96,6 +96,8 @@ class RunConfig:
     # Sharded ranks average gradients in every backward, holding their shares; or in an update's last one, holding them
     # whole until then. Replicas (hsdp) average their shares in the last one either way.
     reduce: Literal["backward", "update"] = "backward"
+    # Sharded weights are gathered whole for a rollout, or block by block in each of its steps, for lack of memory.
+    rollout_gather: Literal["whole", "blocks"] = "whole"
     rollout_solver: Solver = "euler"  # adams2: second order, so fewer srpo.rollout_steps for the same error
     save_every: int = 5  # updates between checkpoints
     keep: int = 2  # checkpoints kept
@@ -129,6 +131,8 @@ class TrainConfig:
         check_reward(self.reward, self.srpo)
         if self.run.sharding != "none" and self.optimizer.name != "srpo":
             raise ValueError("run.sharding needs optimizer.name srpo")
+        if self.run.rollout_gather == "blocks" and self.model.precision == "fp8-rollout":
+            raise ValueError("run.rollout_gather blocks holds no e4m3 weights: model.precision must not be fp8-rollout")
         if self.model.precision == "fp32" and self.optimizer.model_weights("fp32") != "fp32":
             weights = self.optimizer.weights
             raise ValueError(

@@ -10,7 +10,8 @@ from srpo.assets import resolve_asset
 from srpo.config import TrainConfig
 from srpo.distributed import Ranks
 from srpo.errors import InputError
-from srpo.models import check_model_directory, compute_dtype
+from srpo.model_directory import check_model_directory
+from srpo.precision import compute_dtype
 from srpo.sources import Sources
 from srpo.text_encoders import CachedTexts
 

@@ -22,7 +22,7 @@ from srpo.config import TrainConfig, load_config
 from srpo.errors import InputError
 from srpo.files import new_directory
 from srpo.model_card import export_title, licence_name, model_card, portable_recipe
-from srpo.models import check_model_directory
+from srpo.model_directory import check_model_directory
 from srpo.rundir import CONFIG_NAME
 from srpo.single_file import StoredDtype, stored_bytes, write_single_file
 

@@ -1,11 +1,10 @@
-"""A FLUX pipeline directory as the trainer uses it: checked, loaded, encoding, predicting, decoding, saved.
+"""A FLUX pipeline as the trainer uses it: loaded, encoding, predicting, decoding.
 
 The tiny model and FLUX.1-dev go through the same code; only the path differs.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,26 +19,16 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from srpo.errors import InputError
-from srpo.files import has_vocabulary
 from srpo.latents import image_ids, pack, unpack
+from srpo.model_directory import check_model_directory
 from srpo.objective import LatentLayout
+from srpo.precision import Precision, compute_dtype
 from srpo.sharding import gathered, shard
 from srpo.text_encoders import CachedTexts
 from srpo_kernels import Float8Rollout, FluxRollout, PatchHandle, convert_to_float8, patch
 from srpo_kernels.patching.view import view
 
-__all__ = ["Conditioning", "Flux", "Precision", "check_image_size", "check_model_directory", "compute_dtype"]
-
-#: "fp8-rollout" is bf16 but for the rollouts of training, whose linear layers multiply in e4m3; "fp8" trains in it too.
-Precision = Literal["fp32", "bf16", "fp8-rollout", "fp8"]
-
-_WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
-_COMPONENTS = (*_WEIGHTS, "tokenizer", "tokenizer_2", "scheduler")
-
-
-def compute_dtype(precision: Precision) -> torch.dtype:
-    """What everything is computed in that is not e4m3."""
-    return torch.float32 if precision == "fp32" else torch.bfloat16
+__all__ = ["Conditioning", "Flux"]
 
 
 @dataclass(frozen=True)
@@ -238,7 +227,8 @@ class Flux:
         What no step changes is made once when the transformer is patched and whole; otherwise this is `velocity`. With
         `quantized`, linear layers multiply in e4m3 if that is the precision.
         """
-        model = (self.quantized if quantized else None) or self._called
+        whole = self._view is None or self._gathered
+        model = (self.quantized if quantized and whole else None) or self._called
         if model is not self.quantized and FluxRollout.unavailable(model):
             levels = torch.tensor(sigmas, device=self.device)
             batch = len(conditioning.pooled)
@@ -293,68 +283,3 @@ class Flux:
         pixels = (images * 2 - 1).to(self.device, self.vae.dtype)
         latents = self.vae.encode(pixels, return_dict=False)[0].mode().float()
         return pack((latents - config.shift_factor) * config.scaling_factor)
-
-
-def check_image_size(height: int, width: int, *, multiple: int) -> None:
-    """Raise `InputError` unless both sides are positive multiples of `multiple` (2 x the VAE's downsampling)."""
-    for name, value in (("height", height), ("width", width)):
-        if value < multiple or value % multiple:
-            raise InputError(f"{name} must be a positive multiple of {multiple} for this model, got {value}")
-
-
-def check_model_directory(path: str | Path, size: tuple[int, int] | None = None, *, text: bool = True) -> Path:
-    """Check, without loading weights, that `path` is a complete FLUX pipeline directory and can make `size` images.
-
-    It may lack its text encoders unless `text`.
-
-    Raises `InputError` naming what is missing or does not fit.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise InputError(f"model directory {path} does not exist")
-    index = _read_json(path / "model_index.json", path)
-    if index.get("_class_name") != "FluxPipeline":
-        raise InputError(f"model directory {path} holds a {index.get('_class_name')}, expected a FluxPipeline")
-    for component in _COMPONENTS:
-        if (path / component).is_dir():
-            if component in _WEIGHTS:
-                _check_weights(path / component, path)
-        elif text or not component.startswith("text_encoder"):
-            raise InputError(f"model directory {path} is incomplete: {component}/ is missing")
-    for component in ("tokenizer", "tokenizer_2"):
-        if not has_vocabulary(path / component):
-            raise InputError(f"model directory {path} is incomplete: {component}/tokenizer.json is missing")
-    _read_json(path / "scheduler/scheduler_config.json", path)
-    transformer = _read_json(path / "transformer/config.json", path)
-    vae = _read_json(path / "vae/config.json", path)
-    if transformer["in_channels"] != 4 * vae["latent_channels"]:
-        raise InputError(
-            f"model directory {path}: the transformer takes {transformer['in_channels']} channels, but the VAE's "
-            f"{vae['latent_channels']} latent channels pack into {4 * vae['latent_channels']}"
-        )
-    if size is not None:
-        check_image_size(*size, multiple=2 ** len(vae["block_out_channels"]))
-    return path
-
-
-def _read_json(file: Path, root: Path) -> dict:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"model directory {root} is incomplete: {file.relative_to(root)} is missing") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"model directory {root}: {file.relative_to(root)} is not valid JSON ({error})") from None
-
-
-def _check_weights(component: Path, root: Path) -> None:
-    """Every weight file of a component, single or sharded, is there and not empty."""
-    _read_json(component / "config.json", root)
-    indexes = list(component.glob("*.safetensors.index.json"))
-    if indexes:
-        names = sorted(set(_read_json(indexes[0], root)["weight_map"].values()))
-    else:
-        names = [file.name for file in component.glob("*.safetensors")]
-    missing = [name for name in names if not (component / name).is_file() or not (component / name).stat().st_size]
-    if missing or not names:
-        what = f"{component.name}/{missing[0]}" if missing else f"{component.name}/*.safetensors"
-        raise InputError(f"model directory {root} is incomplete: {what} is missing or empty")

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from srpo.models import Precision
 from srpo.objective import SRPOConfig
+from srpo.precision import Precision
 from srpo_kernels.optim import AdamW
 from srpo_kernels.optim.streaming import DEVICE_BYTES
 

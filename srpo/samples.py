@@ -18,7 +18,8 @@ from srpo.errors import InputError
 from srpo.export import RECIPE_KEY, RECIPE_NAME, checkpoint_of, load_run
 from srpo.files import new_directory
 from srpo.images import save_grid
-from srpo.models import Flux, check_model_directory
+from srpo.model_directory import check_model_directory
+from srpo.models import Flux
 from srpo.prompts import read_prompts
 from srpo.randomness import generator
 from srpo.rundir import CONFIG_NAME

@@ -15,7 +15,7 @@ from srpo.config import TrainConfig
 from srpo.controls import ControlSchedule
 from srpo.data import CaptionedImage, ImageSet, order, read_images
 from srpo.latent_cache import LatentCache
-from srpo.models import compute_dtype
+from srpo.precision import compute_dtype
 from srpo.prompts import FileReport, Prompt, scan_prompts
 from srpo.tokens import TokenLimits
 

@@ -13,8 +13,10 @@ from srpo.checkpoint import Checkpoints, load_optimizer_tensors, optimizer_tenso
 from srpo.config import TrainConfig, dump_config
 from srpo.distributed import Ranks
 from srpo.errors import InputError
-from srpo.models import Flux, check_model_directory, compute_dtype
+from srpo.model_directory import check_model_directory
+from srpo.models import Flux
 from srpo.optimizer import load_optimizer, set_gradient_dtype, take_step
+from srpo.precision import compute_dtype
 from srpo.rewards import Reward, load_reward
 from srpo.rundir import updates_done, write_bad_images, write_config
 from srpo.runlog import RunLog

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from srpo.errors import InputError
 from srpo.latents import image_ids
-from srpo.models import Conditioning, Flux, check_image_size, check_model_directory
+from srpo.model_directory import check_image_size, check_model_directory
+from srpo.models import Conditioning, Flux
 from srpo.sampling import rollout, sample_images, to_uint8
 
 _SIZE = (32, 48)

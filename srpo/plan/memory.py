@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from srpo.models import compute_dtype
 from srpo.plan.setting import Setting
+from srpo.precision import compute_dtype
 from srpo_kernels.checkpointing import FluxPolicy, flux_policy
 from srpo_kernels.optim.streaming import DEVICE_BYTES
 

@@ -12,8 +12,8 @@ from srpo.batches import clean_batches
 from srpo.config import TrainConfig
 from srpo.errors import InputError
 from srpo.hardware import GPUS_PER_NODE, Gpu
-from srpo.models import compute_dtype
 from srpo.plan.sizes import Sizes
+from srpo.precision import compute_dtype
 
 __all__ = ["Setting", "Sharding"]
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from srpo.assets import resolve_asset
 from srpo.config import TrainConfig
 from srpo.errors import InputError
-from srpo.models import check_image_size
+from srpo.model_directory import check_image_size
 from srpo.rewards import RewardConfig
 from srpo_kernels.float8_linear import select_layers
 
