@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,20 +27,25 @@ _CONFIG = dict(
 _FORMS = (("unpatched eager", False, False), ("patched eager", True, False), ("unpatched compiled", False, True))
 
 
-def decoder_results() -> Iterator[dict[str, Any]]:
+_SIZES = ((720, 1), (720, 2), (1024, 1), (1024, 2))  # pixels a side, batch
+
+
+def decoder_results(
+    device: str = "cuda", sizes: Sequence[tuple[int, int]] = _SIZES, **changes: Any
+) -> Iterator[dict[str, Any]]:
     """Decoding, and decoding with backward into the latents, of frozen bf16 weights; median ms and peak memory."""
     for form, patched, compiled in _FORMS:
         torch.compiler.reset()
-        vae = _vae("cuda")
+        vae = _vae(device, **changes)
         if patched:
             patch(vae, strict=True)
         if compiled:
             vae.decoder.compile()
-        for pixels, batch in ((720, 1), (720, 2), (1024, 1), (1024, 2)):
-            z = _latents(pixels, batch, "cuda")
+        for pixels, batch in sizes:
+            z = _latents(pixels, batch, device)
             shape = f"decoder, {form}, {batch} x {pixels} px"
-            yield measured(shape, "forward", partial(_decode, vae, z))
-            yield measured(shape, "forward+backward", partial(_gradient, vae, z))
+            yield measured(shape, "forward", partial(_decode, vae, z), peer=not patched)
+            yield measured(shape, "forward+backward", partial(_gradient, vae, z), peer=not patched)
         del vae
         torch.cuda.empty_cache()
 

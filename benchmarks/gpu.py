@@ -1,153 +1,209 @@
-"""``python -m benchmarks.gpu``: test and time operators and whole models on this machine's GPU.
+"""``python -m benchmarks gpu``: the quick profile, in one result file that is written anew after every measurement.
 
-Into one JSON file, written anew after every part. Needs the packages already installed and no network. Exit status:
-0 done, 1 a test failed, 4 no GPU.
+Needs the packages already installed and no network, and writes nothing outside the folder of results. Run again on the
+same code and GPU, it measures what the file does not have yet; `--parts` measures these again. With `--dry`, or without
+a GPU, all of it runs once on tiny shapes and nothing is timed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib.util
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from benchmarks import environment, timing
+from benchmarks.fresh import ROOT
+from benchmarks.kernels import UNMEASURED, Plan, measurements, new_run, status
+from benchmarks.nvml import harm
+from benchmarks.report.quick import quick_table
+from benchmarks.schema import Ceilings, Measurement, Process, ResultError, Run, read, write
 
-from benchmarks.case import Case, Output
-from benchmarks.cases import cases
-from benchmarks.decoder import decoder_results
-from benchmarks.timing import copy_bandwidth, median_ms, rotations
-from benchmarks.tower import tower_results
-from benchmarks.transformer import float8_results, transformer_results
+__all__ = ["PARTS", "measure_parts", "parts"]
 
-ROOT = Path(__file__).parent.parent
-_PARTS = ("tests", "operators", "optimizer", "transformer", "float8", "decoder", "tower")
+#: Seconds that a part may take before what is left of it is skipped: under ten minutes in all.
+PARTS = {"ops": 240.0, "flux": 130.0, "vae": 60.0, "optim": 60.0, "step": 60.0}
+_SMALL_FLUX = dict(num_layers=1, num_single_layers=1, num_attention_heads=2)
+_SMALL_VAE = dict(block_out_channels=(32, 32, 32, 32), layers_per_block=1)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder of the JSON file")
-    parser.add_argument("--parts", nargs="+", choices=_PARTS, default=_PARTS, help="default all of them, in order")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print(f"benchmarks.gpu: no NVIDIA GPU visible to torch {torch.__version__}", file=sys.stderr)
-        return 4
-    started = time.time()
-    device = torch.cuda.get_device_name().replace(" ", "-").lower()
-    path = options.out / f"{device}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime(started))}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    bandwidth = copy_bandwidth()
-    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
-    report: dict[str, Any] = {"environment": _environment(), "copy_bandwidth_tb_s": bandwidth / 1e12, "seconds": {}}
-    measures: dict[str, Callable[[], Any]] = {
-        "tests": _run_tests,
-        "operators": lambda: [_measure(case, bandwidth) for case in cases()],
-        "optimizer": lambda: _optimizers(bandwidth),
-        "transformer": lambda: list(transformer_results()),
-        "float8": lambda: [row for side in (90, 128) for row in float8_results(side)],
-        "decoder": lambda: list(decoder_results()),
-        "tower": lambda: list(tower_results()),
+def parts() -> list[str]:
+    """Those there are."""
+    return [part for part in PARTS if part != "step" or importlib.util.find_spec("benchmarks.step")]
+
+
+def measure_parts(run: Run, wanted: Sequence[str], path: Path, *, small: bool) -> Run:
+    """`run` with the `wanted` parts measured, and written to `path` after each measurement."""
+    for part in wanted:
+        found: list[Measurement] = []
+        others = [m for m in run.measurements if m.part != part]
+        for measurement in _within(part, _source(part, run.ceilings, small)):
+            found.append(replace(measurement, part=part))
+            run = replace(run, measurements=[*others, *found])
+            write(run, path)
+    return run
+
+
+def _within(part: str, source: Iterator[Measurement]) -> Iterator[Measurement]:
+    """What `source` yields in the part's time. If it fails, the failure is the last."""
+    ends = time.monotonic() + PARTS[part]
+    try:
+        for measurement in source:
+            yield measurement
+            if time.monotonic() > ends:
+                message = f"the rest of {part} was not begun within {PARTS[part]:g} s"
+                yield Measurement(name=part, mode="rest", form="profile", status="skipped", error=message)
+                return
+    except (RuntimeError, ValueError, TypeError, AttributeError, OSError) as error:
+        message = f"{type(error).__name__}: {str(error)[:300]}"
+        yield Measurement(name=part, mode="rest", status="error", error=message)
+
+
+def _source(part: str, ceilings: Ceilings, small: bool) -> Iterator[Measurement]:
+    """A part's measurements, each made when it is asked for."""
+    sources: dict[str, Callable[[Ceilings, bool], Iterator[Measurement]]] = {
+        "ops": _operators,
+        "flux": lambda _, small: map(measurement_of, _flux(small)),
+        "vae": lambda _, small: map(measurement_of, _vae(small)),
+        "optim": lambda ceilings, small: map(measurement_of, _optimizers(ceilings, small)),
+        "step": _step,
     }
-    for part in options.parts:
-        began = time.time()
-        report[part] = measures[part]()
-        report["seconds"][part] = round(time.time() - began, 1)
-        partial_file = path.with_suffix(".partial")
-        partial_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        partial_file.replace(path)
-    print(f"written: {path}")
-    return 1 if report.get("tests", {}).get("exit_status") else 0
+    return sources[part](ceilings, small)
 
 
-def _run_tests() -> dict[str, Any]:
-    """The operators' tests on this GPU, in a process of their own."""
+def _operators(ceilings: Ceilings, small: bool) -> Iterator[Measurement]:
+    """The operators' tests on this GPU, then their times."""
+    yield _tests(small)
+    device = "cpu" if small else "cuda"
+    yield from measurements(Plan(regime="burst", device=device, small=small), ceilings)
+
+
+def _tests(small: bool) -> Measurement:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/ops", "-q", "-x", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    print(done.stdout[-3000:], done.stderr[-1000:])
-    return {"exit_status": done.returncode, "summary": (done.stdout.strip().splitlines() or [""])[-1]}
+    began = time.monotonic()
+    done = subprocess.run(command + ["--collect-only"] * small, cwd=ROOT, capture_output=True, text=True)
+    last = (done.stdout.strip().splitlines() or [done.stderr[-300:]])[-1]
+    about: dict[str, Any] = dict(name="tests of the operators", mode="all", form="profile", details={"summary": last})
+    if done.returncode not in (0, 5):  # 5: none for this machine
+        print(done.stdout[-3000:], done.stderr[-1000:])
+        return Measurement(status="error", error=last, **about)
+    if small:
+        return Measurement(status="skipped", error=UNMEASURED, **about)
+    return Measurement(processes=[Process.of([(time.monotonic() - began) * 1e3])], **about)
 
 
-def _optimizers(bandwidth: float) -> list[dict[str, Any]]:
-    """Optimizer steps, in a process of their own: the extension is built first where there is an nvcc."""
-    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    built = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
-    print(built.stdout[-500:], built.stderr[-500:] if built.returncode else "")
-    command = [sys.executable, "-m", "benchmarks.optimizer_gpu", str(bandwidth)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    print(done.stdout)
-    return [json.loads(line) for line in done.stdout.splitlines()]
+def _flux(small: bool) -> Iterator[dict[str, Any]]:
+    from benchmarks.transformer import float8_results, transformer_results
+
+    if small:
+        yield from transformer_results(4, 1, "cpu", **_SMALL_FLUX)
+        yield from float8_results(4, 1, "cpu", **_SMALL_FLUX)
+    else:
+        yield from transformer_results()
+        for side in (90, 128):
+            yield from float8_results(side)
 
 
-def _measure(case: Case, bandwidth: float) -> dict[str, Any]:
-    """Forward, and forward with backward, of ours, eager and compiled eager."""
-    torch.manual_seed(0)
-    first = case.make()
-    nbytes = sum(tensor.numel() * tensor.element_size() for tensor in first.values())
-    inputs = [first, *(case.make() for _ in range(rotations(nbytes) - 1))]
-    forms = {"ours": case.ours, "eager": case.eager}
-    if case.compiled:
-        forms["compiled"] = torch.compile(case.eager)
-    size = case.dtype.itemsize
-    row: dict[str, Any] = {"op": case.op, "shape": case.shape}
-    for name, form in forms.items():
-        torch.compiler.reset()
-        row[name] = {"forward_ms": median_ms(partial(_forward, form), inputs)}
-        if case.differentiable:
-            row[name]["forward_backward_ms"] = median_ms(partial(_forward_backward, form, case), inputs)
-    fastest = row["ours"]
-    row["forward_of_copy_bandwidth"] = case.forward_elements * size / (fastest["forward_ms"] * 1e-3) / bandwidth
-    moved = (case.forward_elements + case.backward_elements) * size
-    if case.differentiable:
-        row["forward_backward_of_copy_bandwidth"] = moved / (fastest["forward_backward_ms"] * 1e-3) / bandwidth
-    row["moved_mb"] = moved / 1e6
-    times = (f"{name} {row[name]['forward_ms'] * 1e3:.1f} us" for name in forms)
-    print(f"{case.op} [{case.shape}]: {', '.join(times)}, {row['forward_of_copy_bandwidth']:.0%} of copy bandwidth")
-    return row
+def _vae(small: bool) -> Iterator[dict[str, Any]]:
+    from benchmarks.decoder import decoder_results
+    from benchmarks.tower import tower_results
+
+    yield from decoder_results("cpu", [(32, 1)], **_SMALL_VAE) if small else decoder_results()
+    yield from tower_results("cpu", "ViT-S-32-alt", [1]) if small else tower_results()
 
 
-def _forward(form: Callable[..., Output], inputs: dict[str, Tensor]) -> Output:
-    with torch.no_grad():
-        return form(**inputs)
+def _optimizers(ceilings: Ceilings, small: bool) -> Iterator[dict[str, Any]]:
+    import torch
+
+    from benchmarks.optimizer_gpu import optimizer_results
+
+    bandwidth = (ceilings.copy_gb_s or 1.0) * 1e9
+    sizes = [torch.Size((8, 128)), torch.Size((128,))] if small else None
+    for row in optimizer_results(bandwidth, "cpu" if small else "cuda", sizes):
+        yield {"mode": "step", "peer": not row["form"].startswith("srpo_kernels"), **row}
 
 
-def _forward_backward(form: Callable[..., Output], case: Case, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """Gradients, the outputs being their own upstream gradients."""
-    given = {name: t.detach().requires_grad_(name in case.differentiable) for name, t in inputs.items()}
-    output = form(**given)
-    outputs = (output,) if isinstance(output, Tensor) else output
-    wanted = [given[name] for name in case.differentiable]
-    return torch.autograd.grad(outputs, wanted, [each.detach() for each in outputs])
+def _step(ceilings: Ceilings, small: bool) -> Iterator[Measurement]:
+    """`benchmarks.step` gives the phases of the step, measured."""
+    return importlib.import_module("benchmarks.step").quick(ceilings, small=small)
 
 
-def _environment() -> dict[str, Any]:
-    query = "name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw,clocks_throttle_reasons.active"
-    smi = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True
+def measurement_of(row: dict[str, Any]) -> Measurement:
+    """A row of `timing.measured`."""
+    known = {"form", "mode", "ms", "samples", "conditions", "peak_gb", "tflop_s", "flops", "peer", "moved_gb"}
+    moved, times = row.get("moved_gb"), row.get("samples") or []
+    conditions = row.get("conditions") or {}
+    problem = harm(conditions.get("throttled_ns")) if times else UNMEASURED
+    return Measurement(
+        name=row["form"],
+        mode=row["mode"],
+        form="peer" if row.get("peer") else "ours",
+        status="ok" if problem is None else "contaminated" if times else "skipped",
+        error=problem,
+        version=timing.source_hash(timing.__file__),
+        contract={"clock": "events", "scope": "device", "regime": "burst", "cache": "as left", "fill": "normal"},
+        processes=[Process.of(times, **conditions)] if times else [],
+        bytes=None if moved is None else moved * 1e9,
+        flops=row.get("flops"),
+        peak_gb=row.get("peak_gb"),
+        details={key: value for key, value in row.items() if key not in known},
     )
-    sha = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
-    packages: dict[str, str | None] = {}
-    for package in ("torch", "triton", "torchvision", "diffusers"):
-        try:
-            packages[package] = version(package)
-        except PackageNotFoundError:
-            packages[package] = None
-    return {
-        "device": torch.cuda.get_device_name(),
-        "capability": list(torch.cuda.get_device_capability()),
-        "cuda": torch.version.cuda,
-        "nvidia_smi": dict(zip(query.split(","), smi.stdout.strip().split(", "), strict=False)) if smi.stdout else None,
-        "git": sha,
-        "python": sys.version.split()[0],
-        **packages,
-    }
+
+
+def _begin(out: Path, again: Sequence[str]) -> tuple[Run, list[str], Path]:
+    """The run that this code and GPU have in `out`, or a new one; the parts to measure; its file."""
+    run = new_run("gpu", Ceilings())
+    name = (run.git.sha or "unknown")[:12] + (f"-{run.git.patch}" if run.git.patch else "")
+    path = out / run.device.slug / f"{name}.json"
+    if path.exists():
+        before = read(path)
+        if (before.device, before.software) == (run.device, run.software):
+            done = {m.part for m in before.measurements}
+            return before, list(again) or [part for part in parts() if part not in done], path
+        raise ResultError(f"{path} was measured with other software or another GPU; move it away first")
+    run = replace(run, ceilings=timing.ceilings())
+    return run, list(again) or parts(), path
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="default benchmarks/results")
+    parser.add_argument("--parts", type=_names, default=[], metavar=",".join(PARTS), help="default: what is missing")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU, into OUT/cpu")
+    options = parser.parse_args(arguments)
+    if not timing.has_clock() and not options.dry:
+        print(f"benchmarks gpu: no NVIDIA GPU visible to torch {environment.software().torch}", file=sys.stderr)
+        return 4
+    if options.dry:
+        environment.rehearse()
+    options.out.mkdir(parents=True, exist_ok=True)
+    for variable, folder in _CACHES.items():
+        scratch = options.out.resolve() / "cache" / folder
+        scratch.mkdir(parents=True, exist_ok=True)
+        os.environ[variable] = str(scratch)
+    run, wanted, path = _begin(options.out, options.parts)
+    run = measure_parts(run, wanted, path, small=options.dry)
+    print(quick_table(run))
+    print(f"written: {path}")
+    return status(run)
+
+
+#: What else would be written elsewhere.
+_CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TMPDIR": "tmp"}
+
+
+def _names(text: str) -> list[str]:
+    names = [name for name in text.replace(",", " ").split() if name]
+    if wrong := [name for name in names if name not in parts()]:
+        raise argparse.ArgumentTypeError(f"{wrong} not among the parts {parts()}")
+    return names
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -23,16 +23,19 @@ _STEPS = 25  # of a rollout, as in SRPO's recipe
 _CONFIG = dict(guidance_embeds=True)  # everything else of FLUX.1-dev is diffusers' default
 
 
-def transformer_results(side: int = 90, batch: int = 1, **changes: Any) -> Iterator[dict[str, Any]]:
+def transformer_results(
+    side: int = 90, batch: int = 1, device: str = "cuda", **changes: Any
+) -> Iterator[dict[str, Any]]:
     """Forward, and forward with backward into every parameter, of latents side x side (90: 720 px).
 
     Milliseconds (median), achieved TFLOP/s and peak memory of each form; then a rollout step and attention backends.
     """
-    flops, inputs = _flops(side, batch, changes), _inputs(side, batch, torch.device("cuda"))
+    flops, inputs = _flops(side, batch, changes), _inputs(side, batch, torch.device(device))
 
-    def both(form: str, model: Any) -> Iterator[dict[str, Any]]:
-        yield measured(f"transformer, {form}", "forward", partial(_forward, model, inputs), flops)
-        yield measured(f"transformer, {form}", "forward+backward", partial(_train, model, inputs), 3 * flops)
+    def both(form: str, model: Any, peer: bool = False) -> Iterator[dict[str, Any]]:
+        name = f"transformer, {form}"
+        yield measured(name, "forward", partial(_forward, model, inputs), flops, peer=peer)
+        yield measured(name, "forward+backward", partial(_train, model, inputs), 3 * flops, peer=peer)
 
     for form, patched, compiled in (
         ("unpatched eager", False, False),
@@ -41,27 +44,27 @@ def transformer_results(side: int = 90, batch: int = 1, **changes: Any) -> Itera
         ("patched compiled", True, True),
     ):
         torch.compiler.reset()
-        model = _model(changes)
+        model = _model(changes, device)
         if patched:
             patch(model, strict=True)
         if compiled:
             model.compile_repeated_blocks(fullgraph=True)
-        yield from both(form, model)
-        for graph in (False, True) if patched and not compiled else ():
+        yield from both(form, model, peer=not patched)
+        for graph in _graphs(device) if patched and not compiled else ():
             step = partial(_rollout(model, inputs, graph=graph).velocity, inputs["hidden_states"], 1)
             name = f"transformer, {form}, rollout{' as a CUDA graph' if graph else ''}"
             yield measured(name, "forward", step, flops)
-        for backend in ("_native_cudnn", "_native_flash") if patched and not compiled else ():
+        for backend in _backends(device) if patched and not compiled else ():
             model.set_attention_backend(backend)
             yield from both(f"{form}, {backend}", model)
         del model
         torch.cuda.empty_cache()
 
 
-def float8_results(side: int = 90, batch: int = 1, **changes: Any) -> Iterator[dict[str, Any]]:
+def float8_results(side: int = 90, batch: int = 1, device: str = "cuda", **changes: Any) -> Iterator[dict[str, Any]]:
     """bf16 against e4m3 on one model: forward, a rollout of 25 steps, quantising all weights, a training pass."""
-    flops, inputs, calls = _flops(side, batch, changes), _inputs(side, batch, torch.device("cuda")), _STEPS
-    model = _model(changes)
+    flops, inputs, calls = _flops(side, batch, changes), _inputs(side, batch, torch.device(device)), _STEPS
+    model = _model(changes, device)
     patch(model, strict=True)
     quantized = Float8Rollout(model)
     yield measured("quantising all weights", "refresh", partial(quantized.refresh, force=True))
@@ -74,21 +77,31 @@ def float8_results(side: int = 90, batch: int = 1, **changes: Any) -> Iterator[d
         for precision, view in (("bf16", model), ("fp8", quantized)):
             form = f"{precision}, patched {'compiled' if compiled else 'eager'}"
             yield measured(form, "forward", partial(_forward, view, inputs), flops)
-            for graph in () if compiled else (False, True):
+            for graph in () if compiled else _graphs(device):
                 run = partial(_sample, _rollout(view, inputs, graph=graph, steps=calls), inputs["hidden_states"])
                 yield measured(f"{form}{', CUDA graph' if graph else ''}", f"rollout of {calls}", run, calls * flops)
     del quantized, view, run
-    model = _model(changes)
+    model = _model(changes, device)
     patch(model, strict=True)
     convert_to_float8(model)
     yield measured("fp8, patched eager", "forward+backward", partial(_train, model, inputs), 3 * flops)
+
+
+def _graphs(device: str) -> tuple[bool, ...]:
+    """Whether to capture a rollout, which only CUDA can."""
+    return (False, True) if device == "cuda" else (False,)
+
+
+def _backends(device: str) -> tuple[str, ...]:
+    """Of attention, beside the default."""
+    return ("_native_cudnn", "_native_flash") if device == "cuda" else ("_native_math",)
 
 
 def _sample(rollout: FluxRollout, noise: Tensor) -> Tensor:
     return integrate(rollout.velocity, noise, shifted_sigmas(_STEPS, 3.0).tolist())
 
 
-def _model(changes: dict[str, Any], device: str = "cuda") -> Any:
+def _model(changes: dict[str, Any], device: str) -> Any:
     with torch.device("meta"):
         model = FluxTransformer2DModel(**{**_CONFIG, **changes}).bfloat16()
     model.to_empty(device=device)

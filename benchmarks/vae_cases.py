@@ -28,7 +28,7 @@ def norm_case(batch: int, channels: int, side: int, device: str) -> Case:
         f"{batch} x {channels} x {side} x {side}, channels last",
         make,
         lambda x: sk.group_norm_silu(x, weight, bias, _GROUPS, _EPS),
-        lambda x: silu(group_norm(x, _GROUPS, weight, bias, _EPS)),
+        lambda x: silu(group_norm(x, _GROUPS, weight.to(x.dtype), bias.to(x.dtype), _EPS)),
         ("x",),
         3 * image,
         5 * image,

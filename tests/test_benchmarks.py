@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks import decoder, tower, transformer
 from benchmarks.case import Case
 from benchmarks.cases import cases
-from benchmarks.gpu import _forward, _forward_backward
+from benchmarks.kernels import backward, forward
 from benchmarks.transformer import _flops, _inputs, _model
 from srpo.rewards.towers import freeze
 from srpo_kernels import patch
@@ -22,7 +22,7 @@ def test_ours_is_what_eager_computes(case: Case) -> None:
     torch.manual_seed(0)
     inputs = case.make()
     allowed = 0.05 if "fp8" in case.op else 0.02  # e4m3 moves a value by 6%, if it moves it
-    for run in (_forward, *([partial(_forward_backward, case=case)] if case.differentiable else [])):
+    for run in (forward, *([partial(backward, case=case)] if case.differentiable else [])):
         ours, eager = (_tuple(run(form, inputs=inputs)) for form in (case.ours, case.eager))
         for actual, expected in zip(ours, eager, strict=True):
             assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
@@ -36,7 +36,7 @@ def test_floors_are_what_there_is_to_move(case: Case) -> None:
     inputs = {name: tensor for name, tensor in case.make().items() if not name.startswith("plain_")}  # eager's own
     kept = inputs["image"].numel() if case.op == "relative_reward_loss" else 0  # a gradient, for backward
     again = inputs["x"].numel() if case.op == "group_norm_silu" else 0
-    outputs = _tuple(_forward(case.ours, inputs))
+    outputs = _tuple(forward(case.ours, inputs))
     sizes = (t.numel() / (2 if t.dtype == torch.float8_e4m3fn else 1) for t in (*inputs.values(), *outputs))
     moved = kept + again + sum(sizes)
     assert 0.85 * moved <= case.forward_elements <= moved

@@ -401,23 +401,21 @@ def test_command_prints_tables_and_writes_json(tmp_path: Path, capsys: pytest.Ca
 def test_measurements_stand_beside_estimates(tmp_path: Path) -> None:
     flops = sizes().forward.total
     measured = {
-        "environment": {"device": "NVIDIA H200"},
-        "copy_bandwidth_tb_s": 4.1,
-        "transformer": [
+        "device": {"name": "NVIDIA H200"},
+        "ceilings": {"copy_gb_s": 4100.0},
+        "measurements": [
             row("transformer, patched eager", "forward", 60.0, flops),
             row("transformer, patched eager", "forward+backward", 200.0, 3 * flops),
             row("transformer, unpatched eager", "forward", 80.0, flops),
-        ],
-        "float8": [
             row("fp8, patched eager", "rollout of 25", 1200.0, 25 * flops),
-            {"form": "quantising all weights", "mode": "refresh", "ms": 9.0, "peak_gb": 40.0},
+            row("fp8, patched eager", "forward", None, flops),
+            row("quantising all weights", "refresh", 9.0),
+            row("decoder, patched eager, 2 x 1024 px", "forward", 58.0),
+            row("ViT-H-14, frozen bf16, batch 2", "forward+backward", 4.0),
         ],
-        "decoder": [{"form": "decoder, patched eager, 2 x 1024 px", "mode": "forward", "ms": 58.0, "peak_gb": 3.0}],
-        "tower": [{"form": "ViT-H-14, frozen bf16, batch 2", "mode": "forward+backward", "ms": 4.0, "peak_gb": 2.0}],
     }
-    (tmp_path / "nvidia-h200-1.json").write_text(json.dumps(measured))
-    other = {**measured, "environment": {"device": "NVIDIA H100 80GB HBM3"}}
-    (tmp_path / "nvidia-h100-1.json").write_text(json.dumps(other))
+    for device, file in (("NVIDIA H200", "nvidia-h200"), ("NVIDIA H100 80GB HBM3", "nvidia-h100")):
+        (tmp_path / f"{file}-1.json").write_text(json.dumps({**measured, "device": {"name": device}}))
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "solvers.json").write_text("[]")
     made = plan("H200", 1, results=tmp_path)
@@ -435,6 +433,8 @@ def test_measurements_stand_beside_estimates(tmp_path: Path) -> None:
     assert lines[0].split()[-4:] == [f"{forward.estimate:.2f}", "60.00", f"{forward.estimate / 60:.2f}", "ms"]
 
 
-def row(form: str, mode: str, milliseconds: float, flops: float) -> dict[str, Any]:
-    """A row as `benchmarks.timing.measured` makes it."""
-    return {"form": form, "mode": mode, "ms": milliseconds, "peak_gb": 30.0, "tflop_s": flops / milliseconds / 1e9}
+def row(name: str, mode: str, milliseconds: float | None, flops: float | None = None) -> dict[str, Any]:
+    """A measurement as `benchmarks.schema` writes it, as far as it is read; of None, one that was skipped."""
+    status = "skipped" if milliseconds is None else "ok"
+    processes = [] if milliseconds is None else [{"median": milliseconds}]
+    return {"name": name, "mode": mode, "status": status, "flops": flops, "processes": processes}

@@ -1,4 +1,4 @@
-"""Estimates beside what `python -m benchmarks.gpu` measured on the same kind of GPU."""
+"""Estimates beside what `python -m benchmarks gpu` measured on the same kind of GPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from srpo.plan.setting import Setting
@@ -32,33 +33,33 @@ class Comparison:
 def compare(setting: Setting, got: Efficiencies, results: Path) -> list[Comparison]:
     """All figures in the JSON files of `results` that the plan has an estimate for, of this kind of GPU.
 
-    Other files, and rows of other models or forms, are passed over.
+    Other files, and measurements of other models or forms, are passed over.
     """
-    return [row for file in sorted(results.glob("*.json")) for row in _of_file(setting, got, file)]
+    return [row for file in sorted(results.rglob("*.json")) for row in _of_file(setting, got, file)]
 
 
 def _of_file(setting: Setting, got: Efficiencies, file: Path) -> Iterator[Comparison]:
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))
+        run = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError):
         return
-    device = report.get("environment", {}).get("device") if isinstance(report, dict) else None
-    if not device or not re.search(rf"\b{re.escape(setting.gpu.name)}\b", str(device), re.IGNORECASE):
+    if not isinstance(run, dict) or not {"device", "ceilings", "measurements"} <= set(run):
         return
-    if "copy_bandwidth_tb_s" in report:
-        bandwidth = setting.gpu.bandwidth_tb_s
-        yield Comparison("copy bandwidth", "TB/s", bandwidth, report["copy_bandwidth_tb_s"], file.name)
-    for part in ("transformer", "float8", "decoder", "tower"):
-        for row in report.get(part) or ():
-            work = _work(setting, row)
-            if work is not None:
-                seconds = work.arithmetic(setting.gpu, got) + work.traffic(setting.gpu, got)
-                yield Comparison(f"{row['form']}, {row['mode']}", "ms", seconds * 1e3, row["ms"], file.name)
+    if not re.search(rf"\b{re.escape(setting.gpu.name)}\b", run["device"]["name"], re.IGNORECASE):
+        return
+    if (copy := run["ceilings"]["copy_gb_s"]) is not None:
+        yield Comparison("copy bandwidth", "TB/s", setting.gpu.bandwidth_tb_s, copy / 1e3, file.name)
+    for row in run["measurements"]:
+        work = _work(setting, row) if row["status"] == "ok" else None
+        if work is not None:
+            seconds = work.arithmetic(setting.gpu, got) + work.traffic(setting.gpu, got)
+            milliseconds = median(process["median"] for process in row["processes"])
+            yield Comparison(f"{row['name']}, {row['mode']}", "ms", seconds * 1e3, milliseconds, file.name)
 
 
 def _work(setting: Setting, row: dict[str, Any]) -> Work | None:
-    """What a benchmark's row ran, if it is one of FLUX.1-dev as the trainer runs it."""
-    form, mode = row["form"], row["mode"]
+    """What a measurement ran, if it is one of FLUX.1-dev as the trainer runs it."""
+    form, mode = row["name"], row["mode"]
     passes = 3 if mode == "forward+backward" else 1
     if match := re.fullmatch(r"decoder, patched eager, (\d+) x (\d+) px", form):
         batch, side = map(int, match.groups())
@@ -69,9 +70,9 @@ def _work(setting: Setting, row: dict[str, Any]) -> Work | None:
         return Work(linear=2 * int(match[1]) * setting.sizes.vision.flops)
     if match := re.fullmatch(r"(?:transformer|bf16|fp8), patched eager", form):
         steps = int(calls[1]) if (calls := re.fullmatch(r"rollout of (\d+)", mode)) else 1
-        if "tflop_s" not in row or not (calls or mode in ("forward", "forward+backward")):
+        if row["flops"] is None or not (calls or mode in ("forward", "forward+backward")):
             return None
-        flops = row["tflop_s"] * row["ms"] * 1e9 / (passes * steps)
+        flops = row["flops"] / (passes * steps)
         for side in _SIDES:
             there = _at(setting, side)
             if abs(flops / there.sizes.forward.total - 1) < 0.01:

@@ -72,7 +72,7 @@ def _lines(plan: Plan) -> Iterator[str]:
         ]
         yield from _table(["", "estimate", "measured", "ratio", ""], shown)
     else:
-        yield from ("", f"nothing measured on {setting.gpu.name} yet: python -m benchmarks.gpu does")
+        yield from ("", f"nothing measured on {setting.gpu.name} yet: python -m benchmarks gpu does")
 
 
 def _verdict(plan: Plan) -> Iterator[str]:

@@ -1,0 +1,224 @@
+"""``python -m benchmarks kernels``: operators at FLUX shapes against eager, torch.compile and Liger.
+
+Without a GPU every one runs once on a tiny shape, is checked, and is said not to be measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import environment, timing
+from benchmarks.accuracy import accuracy
+from benchmarks.case import Case, Output
+from benchmarks.cases import cases
+from benchmarks.fresh import measure, merged
+from benchmarks.nvml import harm, joules
+from benchmarks.peers import liger
+from benchmarks.report.quick import quick_table
+from benchmarks.schema import SCHEMA, Ceilings, Measurement, Process, Run, now, write
+
+__all__ = ["Plan", "backward", "forward", "measurements", "new_run", "status"]
+
+UNMEASURED = "not measured: no GPU"
+_TRIES, _PAUSE = 3, 5.0
+_ABOVE_PEAK = 1.02  # of the memory's rate: what is faster was not read
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure and how; `budget` in seconds, after which the rest is skipped."""
+
+    match: str = ""
+    budget: float = float("inf")
+    regime: str = "sustained"  # or "burst", from a cool device
+    energy: bool = False
+    device: str = "cuda"
+    small: bool = False
+
+
+def measurements(plan: Plan, ceilings: Ceilings) -> Iterator[Measurement]:
+    """Every case's forms and modes that match, each as soon as it is measured. A failure is one of them."""
+    ends = time.monotonic() + plan.budget
+    for case in cases(plan.device, small=plan.small):
+        wanted = [m for m in _planned(case, plan) if re.search(plan.match, m.id)]
+        if not wanted:
+            continue
+        if time.monotonic() > ends:
+            spent = f"the budget of {plan.budget:g} s was spent"
+            yield from (replace(each, status="skipped", error=spent) for each in wanted)
+            continue
+        torch.manual_seed(0)
+        first = case.make()
+        copies = timing.rotation(_nbytes(first)) if timing.has_clock() else None
+        inputs = [first, *(case.make() for _ in range((copies.copies if copies else 1) - 1))]
+        for each in wanted:
+            # What fails, out of memory say, is one of the results; the others are measured all the same.
+            try:
+                yield _measured(case, each, inputs, copies, plan, ceilings)
+            except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+                yield replace(each, status="error", error=f"{type(error).__name__}: {str(error)[:300]}")
+
+
+def _planned(case: Case, plan: Plan) -> Iterator[Measurement]:
+    """The measurements of a case, not measured yet."""
+    forms = ["ours", "eager", *(["compiled"] if case.compiled else []), *(["liger"] if liger(case) else [])]
+    contract = {"clock": "events", "scope": "device", "regime": plan.regime, "fill": "the case's own, seed 0"}
+    for mode in ("forward", "forward+backward")[: 2 if case.differentiable else 1]:
+        elements = case.forward_elements + (case.backward_elements if mode != "forward" else 0)
+        about: dict[str, Any] = dict(version=_version(), contract=contract, bytes=elements * case.dtype.itemsize)
+        for form in forms:
+            yield Measurement(name=f"{case.op} [{case.shape}]", mode=mode, form=form, **about)
+
+
+def _measured(
+    case: Case,
+    planned: Measurement,
+    inputs: list[dict[str, Tensor]],
+    copies: timing.Rotation | None,
+    plan: Plan,
+    ceilings: Ceilings,
+) -> Measurement:
+    form, run = _form(case, planned), _run(case, planned)
+    call = partial(run, form)
+    cache = copies.cache if copies else "none"
+    planned = replace(planned, recipe=_recipe(case, inputs[0]), contract={**planned.contract, "cache": cache})
+    problem, process, timed = None, None, None
+    for _ in range(_TRIES):
+        before = environment.gpu().conditions()
+        peak = _reset_peak()
+        timed = timing.samples(call, inputs, warm=3.0 if plan.regime == "sustained" else 0.0)
+        if not timed.milliseconds:
+            break
+        process = Process.of(timed.milliseconds, **environment.gpu().conditions().since(before))
+        planned = replace(planned, peak_gb=(torch.cuda.max_memory_allocated() - peak) / 1e9)
+        problem = _problem(planned, process, cache, ceilings)
+        if problem is None:
+            break
+        time.sleep(_PAUSE)
+    assert timed is not None
+    errors = accuracy(case, partial(run, case.eager), timed) if planned.form == "ours" else None
+    if errors is not None and errors["error"] > errors["allowed"]:
+        return replace(planned, status="error", accuracy=errors, error="the result of a timed call is wrong")
+    if process is None:
+        return replace(planned, status="skipped", accuracy=errors, error=UNMEASURED)
+    spent = joules(environment.gpu(), partial(call, inputs[0]), torch.cuda.synchronize) if plan.energy else None
+    found = replace(planned, processes=[process], accuracy=errors, joules=spent)
+    return found if problem is None else replace(found, status="contaminated", error=problem)
+
+
+def _problem(planned: Measurement, process: Process, cache: str, ceilings: Ceilings) -> str | None:
+    """Why these times are worth nothing, or None."""
+    if slowed := harm(process.throttled_ns):
+        return slowed
+    rate = replace(planned, processes=[process]).gb_s
+    limit = ceilings.memory_gb_s
+    if cache == "cold" and rate and limit and rate > _ABOVE_PEAK * limit:
+        return f"{rate:.0f} GB/s is more than the memory's {limit:.0f}"
+    return None
+
+
+def _form(case: Case, planned: Measurement) -> Callable[..., Output]:
+    if planned.form == "compiled":
+        torch.compiler.reset()
+        return torch.compile(case.eager)
+    forms = {"ours": case.ours, "eager": case.eager, "liger": liger(case)}
+    chosen = forms[planned.form]
+    assert chosen is not None
+    return chosen
+
+
+def _run(case: Case, planned: Measurement) -> Callable[..., Any]:
+    return forward if planned.mode == "forward" else partial(backward, case=case)
+
+
+def forward(form: Callable[..., Output], inputs: dict[str, Tensor]) -> Output:
+    with torch.no_grad():
+        return form(**inputs)
+
+
+def backward(form: Callable[..., Output], inputs: dict[str, Tensor], case: Case) -> tuple[Tensor, ...]:
+    """Gradients, the outputs being their own upstream gradients."""
+    given = {name: t.detach().requires_grad_(name in case.differentiable) for name, t in inputs.items()}
+    output = form(**given)
+    outputs = (output,) if isinstance(output, Tensor) else output
+    wanted = [given[name] for name in case.differentiable]
+    return torch.autograd.grad(outputs, wanted, [each.detach() for each in outputs])
+
+
+def _nbytes(inputs: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in inputs.values())
+
+
+def _reset_peak() -> int:
+    """Bytes held now, the peak beginning there."""
+    if not timing.has_clock():
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def _recipe(case: Case, inputs: dict[str, Tensor]) -> str:
+    """Of what goes in: names, shapes, dtypes, strides, and which of them get gradients."""
+    about = [(name, list(t.shape), str(t.dtype), list(t.stride())) for name, t in sorted(inputs.items())]
+    return hashlib.sha256(repr((about, sorted(case.differentiable))).encode()).hexdigest()[:12]
+
+
+def _version() -> str:
+    return timing.source_hash(timing.__file__, __file__)
+
+
+def new_run(tier: str, ceilings: Ceilings, source: Any = "local") -> Run:
+    """A run of this machine and checkout, nothing measured yet."""
+    about: dict[str, Any] = dict(git=environment.git(), software=environment.software(), device=environment.device())
+    made: dict[str, Any] = dict(schema=SCHEMA, run_id=uuid.uuid4().hex[:12], created=now(), tier=tier, source=source)
+    return Run(ceilings=ceilings, **made, **about)
+
+
+def status(run: Run) -> int:
+    """4 if anything failed."""
+    return 4 if any(measurement.status == "error" for measurement in run.measurements) else 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks kernels", description=__doc__)
+    parser.add_argument("--match", default="", help="regular expression on `operator [shape], mode, form`")
+    parser.add_argument("--procs", type=int, default=1, help="fresh processes (default 1; verdicts need 5)")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds, then the rest is skipped")
+    parser.add_argument("--regime", choices=("sustained", "burst"), default="sustained", help="default %(default)s")
+    parser.add_argument("--energy", action="store_true", help="joules an iteration, at least 2 s more each")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU, whatever GPU there is")
+    parser.add_argument("--source", choices=("local", "pull-request", "scheduled"), default="local")
+    parser.add_argument("--out", type=Path, help="result file; default benchmarks/results/DEVICE/kernels-ID.json")
+    options = parser.parse_args(arguments)
+    if options.procs < 1:
+        parser.error(f"--procs must be at least 1, got {options.procs}")
+    run = _one(options) if options.procs == 1 else merged([measure(arguments) for _ in range(options.procs)])
+    path = options.out or Path(__file__).parent / f"results/{run.device.slug}/kernels-{run.run_id}.json"
+    write(run, path)
+    print(quick_table(run))
+    print(f"written: {path}")
+    return status(run)
+
+
+def _one(options: argparse.Namespace) -> Run:
+    timed = timing.has_clock() and not options.dry
+    plan = Plan(
+        options.match, options.budget, options.regime, options.energy, "cuda" if timed else "cpu", small=not timed
+    )
+    if not timed:
+        environment.rehearse()
+    ceilings = timing.ceilings()
+    run = new_run("kernels", ceilings, options.source)
+    return replace(run, measurements=list(measurements(plan, ceilings)))

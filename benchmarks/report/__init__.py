@@ -1,0 +1,1 @@
+"""What people read of runs and comparisons: Markdown, one HTML page, pictures."""
