@@ -5,6 +5,7 @@ Importing this package needs torch only.
 
 from srpo_kernels.checkpointing import checkpointed_reward
 from srpo_kernels.extension import extension_status
+from srpo_kernels.float8_gather import gather_float8
 from srpo_kernels.float8_linear import (
     Float8Linear,
     FrozenFloat8Linear,
@@ -55,6 +56,7 @@ __all__ = [
     "gated_residual",
     "gated_residual_layer_norm_modulate",
     "gated_residual_layer_norm_modulate_fp8",
+    "gather_float8",
     "gelu_concat",
     "gelu_concat_fp8",
     "gelu_tanh",

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from srpo_kernels.float8_weight import Float8Weight, in_float8
 from srpo_kernels.ops.fp8_linear import fp8_linear, fp8_unsupported
 from srpo_kernels.ops.quantize_fp8 import Float8, quantize_fp8
 
@@ -40,6 +41,7 @@ class Float8Linear(nn.Linear):
     - of weight and bias: in the compute dtype, as `nn.Linear` has them.
 
     Where `fp8_unsupported` gives a reason, the quantised values are multiplied in bf16 (on the CPU in fp32).
+    `gather_float8` says what changes where FSDP2 gathers the weight in e4m3.
 
     Args:
         in_features, out_features, bias, device, dtype: as for `nn.Linear`.
@@ -119,7 +121,7 @@ class _Multiply(torch.autograd.Function):
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None, scale)
         ctx.backward_in, ctx.inputs, ctx.dtypes = backward, x.shape[-1], (weight.dtype, bias is not None and bias.dtype)
-        quantized = quantize_fp8(weight) if scale is None else Float8(weight, scale)
+        quantized = in_float8(weight) if scale is None else Float8(weight, scale)
         out = fp8_linear(x, quantized, bias, dtype=x.dtype)
         return torch.ops.aten._unsafe_view(out, out.shape)  # no view any more, which nobody could write to
 
@@ -127,6 +129,8 @@ class _Multiply(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
+        if isinstance(weight, Float8Weight):
+            weight, scale = weight.quantized
         wants_x, wants_weight, _, wants_bias, _ = ctx.needs_input_grad
         rows = gradient.reshape(-1, gradient.shape[-1])
         weight_dtype, bias_dtype = ctx.dtypes

@@ -16,7 +16,7 @@ from test_patching import exactly, outputs, same
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from srpo_kernels import Float8, Float8Rollout, FluxRollout, fp8_linear, patch, quantize_fp8
+from srpo_kernels import Float8, Float8Rollout, FluxRollout, fp8_linear, gather_float8, patch, quantize_fp8
 from srpo_kernels import float8_linear as module
 from srpo_kernels.checkpointing import checkpointed_reward, flux_policy
 from srpo_kernels.float8_linear import (
@@ -26,6 +26,7 @@ from srpo_kernels.float8_linear import (
     freeze_float8,
     revert_float8,
 )
+from srpo_kernels.float8_weight import Float8Weight
 from srpo_kernels.optim import AdamW
 from srpo_kernels.testing.trace import Trace
 
@@ -658,3 +659,47 @@ def test_quantized_is_what_fp8_linear_takes() -> None:
     assert isinstance(quantized, Float8)
     assert quantized.values.is_contiguous()
     assert quantized.scale.shape == (OUT, 1)
+
+
+# --- gathered in e4m3; see test_float8_sharded.py ---------------------------------------------
+
+
+def test_what_is_gathered_must_be_converted_and_sharded() -> None:
+    with pytest.raises(TypeError, match=r"gather_float8: module must be a torch\.nn\.Module, got dict"):
+        gather_float8({})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="gather_float8: module has no Float8Linear; see convert_to_float8"):
+        gather_float8(nn.Linear(IN, OUT))
+    for network, name in ((Float8Linear(IN, OUT), "module"), (nn.Sequential(Float8Linear(IN, OUT)), "0")):
+        with pytest.raises(ValueError, match=f"gather_float8: the weight of {name} is not sharded; call fully_shard"):
+            gather_float8(network)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backward", ["bf16", "fp8"])
+def test_a_gathered_weight_is_a_frozen_one_that_gets_a_gradient(dtype: torch.dtype, backward: str) -> None:
+    layer, whole = linear(dtype, backward), linear(dtype, backward)
+    layer.weight = nn.Parameter(Float8Weight(*quantize_fp8(layer.weight), dtype))
+    x, upstream = normal(2, 3, IN, dtype=dtype), normal(2, 3, OUT, dtype=dtype, seed=2)
+    out, dx, *gradients = run(layer, x, upstream)
+    assert all(map(torch.equal, (out, dx), run(frozen(dtype, backward), x, upstream)))
+    _, _, *expected = run(whole, x, upstream)
+    assert len(gradients) == len(expected) == 2
+    assert all(map(torch.equal, gradients, expected))
+
+
+def test_a_gathered_weight_takes_part_in_nothing_else() -> None:
+    weight = nn.Parameter(Float8Weight(*quantize_fp8(normal(OUT, IN)), torch.bfloat16))
+    assert (weight.dtype, weight.shape, weight.requires_grad) == (torch.bfloat16, (OUT, IN), True)
+    zeros = torch.zeros_like(weight, dtype=torch.float32)
+    assert type(zeros) is Tensor
+    assert (zeros.dtype, zeros.shape, zeros.count_nonzero()) == (torch.float32, (OUT, IN), 0)
+    others = (
+        lambda: weight.clone(),
+        lambda: weight.as_strided((IN, OUT), (OUT, 1)),
+        lambda: nn.functional.linear(normal(2, IN).bfloat16(), weight),
+        lambda: torch.cat([weight, weight]),
+        lambda: weight.detach().mul_(2),
+    )
+    for other in others:
+        with pytest.raises(TypeError, match=r"a weight gathered in e4m3 \(gather_float8\) is for Float8Linear only"):
+            other()

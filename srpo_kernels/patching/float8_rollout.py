@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from srpo_kernels.float8_linear import FrozenFloat8Linear, is_lora, select_layers
+from srpo_kernels.float8_weight import Float8Weight
 from srpo_kernels.ops.fp8_linear import fp8_linear
 from srpo_kernels.ops.quantize_fp8 import Float8, quantize_fp8
 from srpo_kernels.patching import TRANSFORMER_OPS
@@ -113,6 +114,9 @@ class _Float8Layer(nn.Module):
 
     def refresh(self, force: bool) -> bool:
         (layer,) = self._layer
+        if isinstance(layer, nn.Linear) and isinstance(layer.weight, Float8Weight):
+            self._quantized = layer.weight.quantized  # as FSDP2 has gathered it
+            return False
         now = [(parameter.data_ptr(), parameter._version) for parameter in layer.parameters()]
         if self._quantized is not None and now == self._seen and not force:
             return False
