@@ -67,8 +67,8 @@ class CleanBatches:
             return
         batches = product(range(start, self.config.srpo.updates), range(self.count))
         texts = [caption.text for batch in batches for caption in self.chosen(*batch)[0]]
-        if self._ranks.is_main and self.config.run.sample_every:
-            texts += self._sources.sample_prompts(self.config.run.sample_count)
+        if self.config.run.sample_every:
+            texts += self._sources.sample_prompts()
         try:
             self._flux.texts.prepare(texts)
         except OSError as error:
@@ -119,7 +119,9 @@ class CleanBatches:
             guidance=objective.rollout_guidance,
             solver=run.rollout_solver,
             quantized=True,
-            on_step=check,
+            gather=run.rollout_gather == "whole",
+            # Ranks answer a check together: not while one of them rolls out and another reads images.
+            on_step=check if self._ranks.world == 1 or self.config.data.mode == "online" else None,
         )
         return CleanBatch(x0, noise, captions)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Literal
 
@@ -48,15 +49,17 @@ def rollout(
     guidance: float,
     solver: Solver = "euler",
     quantized: bool = False,
+    gather: bool = True,
     on_step: Callable[[], None] | None = None,
 ) -> Tensor:
     """Clean packed latents [B, S, 4C] from `noise` of that shape, in fp32.
 
-    `quantized`: see `Flux.trajectory`. `on_step` is called before every model call and may raise to abandon it all.
+    `quantized`: see `Flux.trajectory`. `gather`: sharded weights are gathered whole once, for all steps, or else block by
+    block in each. `on_step` is called before every model call and may raise to abandon it all.
     """
     sigmas = shifted_sigmas(steps, shift).tolist()
     conditioning = flux.encode_prompts(prompts)
-    with flux.whole():
+    with flux.whole() if gather else nullcontext():
         velocity = flux.trajectory(sigmas[:-1], conditioning, guidance, size, quantized=quantized)
 
         def evaluate(latents: Tensor, step: int) -> Tensor:

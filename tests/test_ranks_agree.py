@@ -1,0 +1,74 @@
+"""One rank and two have the same gradient of the same global batch, however parameters are spread. In float64, in which
+transformer and sums are, nothing but the order of additions differs.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from helpers import environment, quick_config
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from srpo.models import Flux
+from srpo.sharding import whole_tensors
+from srpo.trainer import Trainer
+from srpo.update import Seconds
+
+BASE = ("srpo.batch_size=8", "run.micro_batch=1", "run.draws_per_rollout=2", "srpo.noise=independent")
+VARIANTS = (
+    (),
+    ("run.sharding=fsdp",),
+    ("run.sharding=fsdp", "run.reduce=update"),
+    ("run.sharding=fsdp", "run.rollout_gather=blocks"),
+    ("run.sharding=hsdp", "run.shard_size=1"),
+)
+
+
+def gradients(directory: Path, *overrides: str) -> dict[str, Tensor]:
+    """Whole gradients of a first update."""
+    load = Flux.load
+
+    def double(*args: Any, **kwargs: Any) -> Flux:
+        flux = load(*args, **kwargs)
+        flux.transformer.double()
+        return flux
+
+    # The optimizer and its gradients are of fp32.
+    absent = [mock.patch(f"srpo.trainer.{name}") for name in ("load_optimizer", "set_gradient_dtype")]
+    with mock.patch.object(Flux, "load", double), absent[0], absent[1]:
+        trainer = Trainer(quick_config(directory, *BASE, *overrides))
+    trainer.update.accumulate(0, lambda: None, Seconds(torch.device("cpu")))
+    found = {name: parameter.grad for name, parameter in trainer.flux.transformer.named_parameters()}
+    return whole_tensors({name: grad for name, grad in found.items() if grad is not None}, keep=True)
+
+
+def test_two_ranks_have_the_gradient_of_one(tmp_path: Path) -> None:
+    save_file(gradients(tmp_path / "one"), tmp_path / "one.safetensors")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+    done = subprocess.run([*launch, tmp_path], env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for number in range(len(VARIANTS)):
+        assert all((tmp_path / f"{number}.rank{rank}").exists() for rank in (0, 1))
+
+
+def compare(directory: Path) -> None:
+    """What each of the two ranks does."""
+    wanted = load_file(directory / "one.safetensors")
+    for number, variant in enumerate(VARIANTS):
+        found = gradients(directory / str(number), *variant)
+        assert torch.distributed.get_world_size() == 2
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            assert tensor.dtype == torch.float64
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-10 * tensor.abs().max().item())
+        (directory / f"{number}.rank{torch.distributed.get_rank()}").touch()
+
+
+if __name__ == "__main__":
+    compare(Path(sys.argv[1]))
