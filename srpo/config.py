@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from srpo.controls import ControlGroup, ControlPhase, control_group, parse_groups, parse_schedule
 from srpo.errors import InputError
+from srpo.lora import LoraConfig
 from srpo.objective import SRPOConfig
 from srpo.optimizer import OptimizerConfig
 from srpo.precision import Precision
@@ -42,6 +43,7 @@ class ModelConfig:
     # What transformer blocks keep for backward (srpo_kernels.checkpointing). Not none: nothing of the image path.
     checkpointing: Literal["none", "selective", "block", "auto"] = "none"
     image_chunk: int | None = None  # when it is: images decoded and scored at a time; null: all of a batch
+    lora: LoraConfig | None = None  # adapters {rank, alpha, targets} to train on a frozen transformer; null: all of it
 
     def __post_init__(self) -> None:
         if not isinstance(self.kernels, str) and (not self.kernels or set(self.kernels) - set(PATCHABLE)):
@@ -133,6 +135,11 @@ class TrainConfig:
             raise ValueError("run.sharding needs optimizer.name srpo")
         if self.run.rollout_gather == "blocks" and self.model.precision == "fp8-rollout":
             raise ValueError("run.rollout_gather blocks holds no e4m3 weights: model.precision must not be fp8-rollout")
+        if self.model.lora and self.model.precision != "fp32" == self.optimizer.model_weights(self.model.precision):
+            raise ValueError(
+                f"model.lora with model.precision {self.model.precision} trains bf16 adapters: optimizer.name must be "
+                f"srpo and optimizer.weights not fp32, got {self.optimizer.name} and {self.optimizer.weights}"
+            )
         if self.model.precision == "fp32" and self.optimizer.model_weights("fp32") != "fp32":
             weights = self.optimizer.weights
             raise ValueError(
@@ -200,22 +207,25 @@ def _with_presets(values: dict[str, Any]) -> dict[str, Any]:
 
 def _apply(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
-    section, dot, name = key.partition(".")
-    if not (separator and dot and section and name):
+    *sections, name = key.split(".")
+    if not (separator and sections and name and all(sections)):
         raise InputError(f"override {override!r} must look like section.key=value")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InputError(f"override {override!r}: {error}") from None
-    target = values.setdefault(section, {})
-    if not isinstance(target, dict):
-        raise InputError(f"section {section!r} must hold keys, got {target!r}")
+    target = values
+    for depth, section in enumerate(sections, 1):
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise InputError(f"section {'.'.join(sections[:depth])!r} must hold keys, got {target!r}")
     target[name] = value
 
 
 def _valid_keys() -> Iterator[str]:
     for section, kind in typing.get_type_hints(TrainConfig).items():
         yield from (f"{section}.{entry.name}" for entry in dataclasses.fields(kind))
+    yield from (f"model.lora.{entry.name}" for entry in dataclasses.fields(LoraConfig))
     yield "srpo.preset"
 
 
@@ -229,7 +239,9 @@ def _check_keys(values: dict[str, Any]) -> None:
         elif not isinstance(entries, dict):
             raise InputError(f"section {section!r} must hold keys, got {entries!r}")
         else:
-            keys = (f"{section}.{name}" for name in entries)
+            keys = [f"{section}.{name}" for name in entries]
+            if section == "model" and isinstance(entries.get("lora"), dict):
+                keys += [f"model.lora.{name}" for name in entries["lora"]]
             problems += [f"unknown key {key!r}: {_nearest(key, valid)}" for key in keys if key not in valid]
     if problems:
         raise InputError("; ".join(problems))

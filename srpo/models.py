@@ -15,11 +15,12 @@ from typing import Any, Literal
 import torch
 from diffusers import FluxPipeline
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from srpo.errors import InputError
 from srpo.latents import image_ids, pack, unpack
+from srpo.lora import LoraConfig, adapters, add_adapters
 from srpo.model_directory import check_model_directory
 from srpo.objective import LatentLayout
 from srpo.precision import Precision, compute_dtype
@@ -63,9 +64,11 @@ class Flux:
         self.patched: PatchHandle | None = None
         self._view: Any = None  # of a sharded transformer, to call while it is
         self._gathered = False
-        if precision == "fp8":
+        # Below adapters, what is in e4m3 is frozen, and multiplies in it as it is.
+        trained_in_fp8 = precision == "fp8" and not adapters(self.transformer)
+        if trained_in_fp8:
             convert_to_float8(self.transformer)
-        self.quantized = Float8Rollout(self.transformer) if precision in ("fp8-rollout", "fp8") else None
+        self.quantized = Float8Rollout(self.transformer) if trained_in_fp8 or precision == "fp8-rollout" else None
         for frozen in filter(None, (self.vae, pipeline.text_encoder, pipeline.text_encoder_2)):
             frozen.requires_grad_(False).eval()
         # One prompt at a time: an embedding must not depend on which prompts shared its batch,
@@ -85,38 +88,49 @@ class Flux:
         trainable: bool = False,
         weights: Literal["fp32", "bf16"] = "fp32",
         text_cache: str | Path | None = None,
+        lora: LoraConfig | None = None,
+        seed: int = 0,
     ) -> Flux:
         """Load the diffusers directory `path`; nothing is downloaded.
 
         All precisions but fp32 store and compute in bf16. A trainable transformer holds `weights`: fp32 (under autocast
         to bf16), as an update at SRPO's learning rate is smaller than bf16 can add, or bf16 where the optimizer keeps
-        the rest.
+        the rest. With `lora` only adapters, drawn from `seed`, are trainable: the transformer's own weights are stored
+        as if it were not, with precision fp8 in e4m3 before they move to `device`.
 
         Raises:
-            InputError: `path` is not a complete FLUX pipeline directory, or `text_cache` cannot be used.
+            InputError: `path` is not a complete FLUX pipeline directory, or `text_cache` or `lora` cannot be used.
         """
         path = check_model_directory(path, text=text_cache is None)
         dtype = compute_dtype(precision)
-        trained = torch.bfloat16 if weights == "bf16" else torch.float32
-        dtypes = {"default": dtype, "transformer": trained if trainable else dtype}
+        dtypes = {"default": dtype, "transformer": dtype}
+        if trainable and lora is None:
+            dtypes["transformer"] = torch.bfloat16 if weights == "bf16" else torch.float32
         texts, without = None, {}
         if text_cache is not None:
             texts = CachedTexts(text_cache, path, device=device, dtype=dtype, max_sequence_length=max_sequence_length)
             without = dict.fromkeys(("text_encoder", "text_encoder_2"))
         try:
             pipeline = FluxPipeline.from_pretrained(path, torch_dtype=dtypes, local_files_only=True, **without)
-            pipeline.to(device)
         except (OSError, SafetensorError, ValueError) as error:
             raise InputError(f"model directory {path} cannot be loaded: {error}") from None
+        if lora is not None:
+            add_adapters(pipeline.transformer, lora, seed, float8=precision == "fp8")
+        pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
         flux = cls(pipeline, precision=precision, max_sequence_length=max_sequence_length, texts=texts)
-        flux.transformer.requires_grad_(trainable)
+        for parameter in flux.trainable().values():
+            parameter.requires_grad_(trainable)
         return flux
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """What training changes and a checkpoint holds, by name: the transformer's parameters, or its adapters'."""
+        return adapters(self.transformer) or dict(self.transformer.named_parameters())
 
     def patch(self, kernels: Literal["auto", "off"] | Sequence[str]) -> None:
         """Run transformer and VAE on srpo_kernels' operators: all that fit, none, or those named."""
         if kernels != "off":
-            parts = torch.nn.ModuleDict({"transformer": self.transformer, "vae": self.vae})
+            parts = nn.ModuleDict({"transformer": self.transformer, "vae": self.vae})
             self.patched = patch(parts, None if kernels == "auto" else kernels)
 
     def unpatch(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,13 +56,14 @@ def gathered(transformer: nn.Module) -> Iterator[None]:
             unit.reshard()
 
 
-def whole_tensors(tensors: dict[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+def whole_tensors(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """Every tensor whole and contiguous, in host memory where it was sharded, or nothing unless `keep`.
 
     A collective operation if any is sharded.
     """
     found = {}
     for name, tensor in tensors.items():
+        tensor = tensor.detach()
         whole = _gather(tensor).cpu() if isinstance(tensor, DTensor) else tensor
         if keep:
             found[name] = whole.contiguous()
@@ -77,12 +78,12 @@ def _gather(tensor: DTensor) -> Tensor:
     return DTensor.from_local(bits, tensor.device_mesh, tensor.placements, **shape).full_tensor().view(torch.int16)
 
 
-def load_whole(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """`module.load_state_dict`, strict, of whole tensors into parameters that may be sharded by rows.
+@torch.no_grad()
+def load_whole(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors into those of the same name, which may be sharded by rows.
 
     Raises ValueError when names or shapes differ.
     """
-    own = module.state_dict()
     wanted, found = ({(name, tuple(tensor.shape)) for name, tensor in state.items()} for state in (own, tensors))
     if wanted != found:
         raise ValueError(f"names or shapes of the state are not the model's: {sorted(wanted ^ found)[:4]}")

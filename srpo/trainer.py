@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from srpo.assets import resolve_asset
+from srpo.base_model import check_base, read_base, write_base
 from srpo.batches import CleanBatches, clean_batches
 from srpo.checkpoint import Checkpoints, load_optimizer_tensors, optimizer_tensors
 from srpo.config import TrainConfig, dump_config
@@ -54,6 +55,8 @@ class Trainer:
         self.directory = Path(run.dir)
         self.checkpoints = Checkpoints(self.directory / "checkpoints", run.keep)
         self.start = updates_done(self.directory, config, self.checkpoints, resume=resume)
+        if config.model.lora and self.start:
+            check_base(read_base(self.directory), model, f"run {self.directory}")
 
         dtype = compute_dtype(config.model.precision)
         self.reward = load_reward(config.reward, objective, device=self.ranks.device, dtype=dtype)
@@ -66,18 +69,20 @@ class Trainer:
             trainable=True,
             weights=config.optimizer.model_weights(config.model.precision),
             text_cache=config.model.text_cache,
+            lora=config.model.lora,
+            seed=run.seed,
         )
         self.batches = CleanBatches(config, self.ranks, self.flux, self.reward, self.sources)
         self.batches.prepare_texts(self.start)
         self.flux.patch(config.model.kernels)
-        set_gradient_dtype(config.optimizer, self.flux.transformer.parameters(), backwards)
+        set_gradient_dtype(config.optimizer, self.flux.trainable().values(), backwards)
         self.sharded = run.sharding != "none" and self.ranks.world > 1
         if self.sharded:
             self.flux.shard(mesh_of(self.ranks.world, self.ranks.device, run.shard_size))
         self.policy = self._checkpointing_policy()
         self.update = Update(config, self.ranks, self.flux, self.reward, self.batches, sharded=self.sharded)
         self.validation = Validation(config, self.ranks, self.flux, self.sources)
-        named = dict(self.flux.transformer.named_parameters())
+        named = self.flux.trainable()
         self.names, self.parameters = list(named), list(named.values())
         self.optimizer = load_optimizer(
             config.optimizer,
@@ -88,10 +93,12 @@ class Trainer:
         )
         if self.start:
             weights, state = self.checkpoints.load(self.start)
-            load_whole(self.flux.transformer, weights)
+            load_whole(named, weights)
             load_optimizer_tensors(self.optimizer, self.names, state)
         if self.ranks.is_main:
             write_config(self.directory, config)
+            if config.model.lora:
+                write_base(self.directory, model)
             write_bad_images(self.directory, self.sources.bad_images())
             self.sources.warn()
         self.ranks.barrier()
@@ -102,7 +109,7 @@ class Trainer:
         height, width = flux.latent_size(*self.size)
         free = None
         if config.model.checkpointing == "auto":
-            reserved = config.optimizer.reserved_bytes(list(flux.transformer.parameters()), config.model.precision)
+            reserved = config.optimizer.reserved_bytes(list(flux.trainable().values()), config.model.precision)
             ranks = (config.run.shard_size or self.ranks.world) if self.sharded else 1
             free = max(0, free_memory(flux.device) - reserved // ranks)
         return flux_policy(
@@ -174,7 +181,7 @@ class Trainer:
         return {**self.update.record(step, draws), **stepped, "seconds": rounded}
 
     def _save(self, step: int) -> int:
-        weights = whole_tensors(self.flux.transformer.state_dict(), keep=self.ranks.is_main)
+        weights = whole_tensors(self.flux.trainable(), keep=self.ranks.is_main)
         state = whole_tensors(optimizer_tensors(self.optimizer, self.names), keep=self.ranks.is_main)
         if self.ranks.is_main:
             self.checkpoints.save(step, weights, state, dump_config(self.config))
