@@ -100,6 +100,9 @@ class RunConfig:
     reduce: Literal["backward", "update"] = "backward"
     # Sharded weights are gathered whole for a rollout, or block by block in each of its steps, for lack of memory.
     rollout_gather: Literal["whole", "blocks"] = "whole"
+    # With model.precision fp8, sharded weights of blocks' linear layers are gathered in e4m3, half the bytes; input
+    # gradients are then of those.
+    fp8_all_gather: bool = False
     rollout_solver: Solver = "euler"  # adams2: second order, so fewer srpo.rollout_steps for the same error
     save_every: int = 5  # updates between checkpoints
     keep: int = 2  # checkpoints kept
@@ -140,6 +143,8 @@ class TrainConfig:
                 f"model.lora with model.precision {self.model.precision} trains bf16 adapters: optimizer.name must be "
                 f"srpo and optimizer.weights not fp32, got {self.optimizer.name} and {self.optimizer.weights}"
             )
+        if self.run.fp8_all_gather and (self.run.sharding == "none" or self.model.precision != "fp8" or self.model.lora):
+            raise ValueError("run.fp8_all_gather needs run.sharding, model.precision fp8 and no model.lora")
         if self.model.precision == "fp32" and self.optimizer.model_weights("fp32") != "fp32":
             weights = self.optimizer.weights
             raise ValueError(

@@ -78,7 +78,8 @@ class Trainer:
         set_gradient_dtype(config.optimizer, self.flux.trainable().values(), backwards)
         self.sharded = run.sharding != "none" and self.ranks.world > 1
         if self.sharded:
-            self.flux.shard(mesh_of(self.ranks.world, self.ranks.device, run.shard_size))
+            mesh = mesh_of(self.ranks.world, self.ranks.device, run.shard_size)
+            self.flux.shard(mesh, fp8_all_gather=run.fp8_all_gather)
         self.policy = self._checkpointing_policy()
         self.update = Update(config, self.ranks, self.flux, self.reward, self.batches, sharded=self.sharded)
         self.validation = Validation(config, self.ranks, self.flux, self.sources)
