@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from srpo.sampling import to_uint8
 
-__all__ = ["make_grid", "panels", "save_grid"]
+__all__ = ["make_grid", "make_pairs", "panels", "save_grid"]
 
 _SMALLEST = 96  # pixels a small image is enlarged to, so that it can be looked at
 _GAP = 4
@@ -30,6 +31,11 @@ def make_grid(images: Tensor, columns: int | None = None) -> Image.Image:
         tile = Image.fromarray(array).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
         sheet.paste(tile, (index % columns * cell[1], index // columns * cell[0]))
     return sheet
+
+
+def make_pairs(before: Tensor, after: Tensor) -> Image.Image:
+    """`make_grid` of pairs: of each image how it was and, on its right, how it is."""
+    return make_grid(torch.cat([before, after], 3))
 
 
 def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
