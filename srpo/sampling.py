@@ -54,8 +54,8 @@ def rollout(
 ) -> Tensor:
     """Clean packed latents [B, S, 4C] from `noise` of that shape, in fp32.
 
-    `quantized`: see `Flux.trajectory`. `gather`: sharded weights are gathered whole once, for all steps, or else block by
-    block in each. `on_step` is called before every model call and may raise to abandon it all.
+    `quantized`: see `Flux.trajectory`. `gather`: sharded weights are gathered whole once, for all steps, or else block
+    by block in each. `on_step` is called before every model call and may raise to abandon it all.
     """
     sigmas = shifted_sigmas(steps, shift).tolist()
     conditioning = flux.encode_prompts(prompts)
