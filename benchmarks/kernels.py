@@ -193,7 +193,7 @@ def status(run: Run) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks kernels", description=__doc__)
-    parser.add_argument("--match", default="", help="regular expression on `operator [shape], mode, form`")
+    parser.add_argument("--match", default="", help="regular expression on `operator [shape], mode`, peers' with `, eager` and so on")
     parser.add_argument("--procs", type=int, default=1, help="fresh processes (default 1; verdicts need 5)")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds, then the rest is skipped")
     parser.add_argument("--regime", choices=("sustained", "burst"), default="sustained", help="default %(default)s")

@@ -121,7 +121,7 @@ class Measurement:
 
     @property
     def id(self) -> str:
-        return f"{self.name}, {self.mode}, {self.form}"
+        return f"{self.name}, {self.mode}" + ("" if self.form == "ours" else f", {self.form}")
 
     @property
     def milliseconds(self) -> float | None:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from benchmarks.report.summary import short, time
 from benchmarks.schema import Measurement, Run
 
-__all__ = ["quick_table", "share"]
+__all__ = ["PEERS", "quick_table", "share"]
 
-_PEERS = ("eager", "compiled", "liger")
+PEERS = ("eager", "compiled", "liger")
 
 
 def quick_table(run: Run) -> str:
     """Ours, measurement by measurement; then what failed or was not measured, and totals."""
     found = run.by_id
     ours = [m for m in run.measurements if m.form == "ours" and m.processes]
-    header = ["", *(f"{peer}/ours" for peer in _PEERS), "of copy"]
+    header = ["", *(f"{peer}/ours" for peer in PEERS), "of copy"]
     lines = [f"{run.device.name}, {short(run)}", _line("", header)] if ours else []
     for each in ours:
-        times = (_times(each, found.get(f"{each.name}, {each.mode}, {peer}")) for peer in _PEERS)
+        times = (_times(each, found.get(replace(each, form=peer).id)) for peer in PEERS)
         lines.append(_line(f"{each.name}, {each.mode}", [time(each.milliseconds), *times, share(run, each)]))
     lines += [f"{m.status}: {m.id}: {m.error}" for m in run.measurements if m.status in ("error", "contaminated")]
     lines += [f"{count} {reason}" for reason, count in Counter(_skipped(run)).items()]

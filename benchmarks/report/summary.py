@@ -38,7 +38,7 @@ def summary(comparison: Comparison) -> str:
         lines += [f"Nothing may be compared: {comparison.refused}.", ""]
     shown = [d for d in ordered(said) if d.verdict not in (Verdict.SAME, Verdict.SKIPPED)]
     if shown and not comparison.refused:
-        header = ["verdict", "measurement", "base", "new", "change", "95 %", "margin", ""]
+        header = ["verdict", "change", "measurement", "base", "new", "95 %", "margin", ""]
         lines += [markdown(header, [_row(each) for each in shown[:_ROWS]])]
         if len(shown) > _ROWS:
             lines += [f"{len(shown) - _ROWS} more are not shown; `--out` writes all.", ""]
@@ -81,6 +81,8 @@ def time(milliseconds: float | None) -> str:
     """In the unit that leaves it three or four digits."""
     if milliseconds is None:
         return ""
+    if milliseconds >= 1000:
+        return f"{milliseconds / 1e3:.3f} s"
     return f"{milliseconds * 1e3:.1f} µs" if milliseconds < 1 else f"{milliseconds:.4g} ms"
 
 
@@ -99,4 +101,4 @@ def _row(each: Difference) -> list[str]:
     interval = "" if each.low is None else f"{percent(each.low)} to {percent(each.high)}"
     margin = "" if each.margin is None else f"{each.margin:.1%}"
     name = str(each.verdict) if each.gates else f"({each.verdict})"
-    return [name, each.id, time(before), time(after), percent(each.change), interval, margin, each.reason]
+    return [name, percent(each.change), each.id, time(before), time(after), interval, margin, each.reason]
