@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -13,14 +14,25 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from test_patching_vae import kept_by_decoder
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    Qwen2VLConfig,
+    Qwen2VLModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from srpo.cli import main
 from srpo.config import TrainConfig, load_config
 from srpo.errors import InputError
 from srpo.hardware import GPUS, Gpu, parse_gpu
+from srpo.lora import LoraConfig, add_adapters
 from srpo.plan import Efficiencies, Plan, make_plan
-from srpo.plan.memory import DECODER_EXTRA
+from srpo.plan.memory import DECODER_EXTRA, activation_room
+from srpo.plan.rewards import Tower
 from srpo.plan.sizes import Sizes
 from srpo_kernels.checkpointing import flux_policy
 
@@ -37,7 +49,7 @@ def _each_size_once() -> Iterator[None]:
     def of(config: TrainConfig) -> Sizes:
         objective, model = config.srpo, config.model
         shape = (objective.height, objective.width, model.max_sequence_length, model.path, model.text_cache is None)
-        key = (*shape, config.reward)
+        key = (*shape, config.reward, objective.form, config.validation.held_out, config.validation.alignment)
         if key not in known:
             known[key] = build(config)
         return known[key]
@@ -85,9 +97,9 @@ def test_parameters_are_those_of_the_real_models(flux: FluxTransformer2DModel) -
     assert found.t5 == 4_762_310_656
     assert found.clip == 123_060_480
     assert found.vae_parameters == 83_819_683
-    assert found.reward_text + found.reward_vision == 986_109_441
+    assert found.reward.wide + found.reward.parameters == 986_109_441
     pickscore = sizes(720, "flux-dev-pickscore")
-    assert (pickscore.reward_text, pickscore.reward_vision) == (found.reward_text, found.reward_vision)
+    assert pickscore.reward == replace(found.reward, missing=pickscore.reward.missing)
     assert found.largest_block == sum(p.numel() for p in flux.transformer_blocks[0].parameters())
     linear = [m for m in flux.transformer_blocks[0].modules() if isinstance(m, torch.nn.Linear)]
     assert found.float8 < PARAMETERS
@@ -119,7 +131,100 @@ def test_figures_of_the_facts() -> None:
         assert found.forward.blocks / 1e12 == pytest.approx(linear, abs=0.01)
         assert found.forward.attention / 1e12 == pytest.approx(attention, abs=0.01)
         assert found.decode.flops / 1e12 == pytest.approx(decode, abs=0.01)
-    assert small.vision.flops / 1e12 == pytest.approx(0.335, abs=0.002)
+    assert small.reward.flops / 1e12 == pytest.approx(0.335, abs=0.002)
+
+
+_CLIP_L = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, patch_size=14)
+_QWEN_TEXT = dict(
+    vocab_size=64,
+    hidden_size=512,
+    intermediate_size=1024,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+_QWEN_TEXT["rope_parameters"] = dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])
+
+
+def reward_files(kind: str, folder: Path) -> tuple[list[str], Any]:
+    """Overrides for a reward of two layers, whose configuration is in `folder`, and the model of it."""
+    config: Any
+    if kind == "siglip_aesthetic":
+        config = SiglipVisionConfig(**_CLIP_L, image_size=384, num_hidden_layers=2)
+    elif kind == "hpsv3":
+        vision = dict(depth=2, embed_dim=320, num_heads=4, hidden_size=512)
+        config = Qwen2VLConfig(text_config=dict(_QWEN_TEXT, num_hidden_layers=2), vision_config=vision)
+    else:
+        config = CLIPConfig(vision_config=dict(_CLIP_L, num_hidden_layers=2), text_config={})
+    config.save_pretrained(folder)
+    classes = {"siglip_aesthetic": SiglipVisionModel, "hpsv3": Qwen2VLModel}
+    # Qwen2-VL looks at the values of its grids, which a meta tensor has not.
+    with torch.device("cpu" if kind == "hpsv3" else "meta"):
+        model = classes.get(kind, CLIPModel)(config)
+    named = dict(type=kind, path=folder, **({"processor": folder} if kind == "hpsv3" else {}))
+    if kind.endswith("aesthetic"):
+        named["head"] = "head"
+    return [f"reward.{key}={value}" for key, value in named.items()], model
+
+
+def run_reward(model: Any, towers: tuple[Tower, ...]) -> None:
+    """One image through it."""
+    if isinstance(model, Qwen2VLModel):
+        vision, text = towers
+        side = math.isqrt(vision.tokens)
+        model.get_image_features(torch.zeros(side**2, 1176), torch.tensor([[1, side, side]]))
+        line = torch.zeros(1, text.tokens, model.config.text_config.hidden_size)
+        model.language_model(inputs_embeds=line, use_cache=False)
+    else:
+        vision = getattr(model, "vision_model", model)
+        size = vision.config.image_size
+        vision(pixel_values=torch.empty(1, 3, size, size, device="meta"))
+
+
+@pytest.mark.parametrize("kind", ["clip", "aesthetic", "siglip_aesthetic", "hpsv3"])
+def test_flops_and_parameters_of_rewards_are_those_of_the_real_ones(kind: str, tmp_path: Path) -> None:
+    overrides, model = reward_files(kind, tmp_path)
+    form = ["srpo.form=image_only", "srpo.threshold=null"] if kind.endswith("aesthetic") else []
+    found = sizes(720, "flux-dev-hps", *overrides, *form).reward
+    assert not found.missing or kind == "hpsv3"
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run_reward(model, found.towers)
+    # Embeddings of patches, what follows the layers, and Qwen's merger are left out.
+    assert found.flops == pytest.approx(counter.get_total_flops(), rel=0.1)
+    assert found.flops < counter.get_total_flops()
+    used = [
+        weight.numel() for name, weight in model.named_parameters() if kind != "aesthetic" or name.startswith("vis")
+    ]
+    assert found.parameters + found.wide == sum(used)
+
+
+def test_rewards_without_files_are_the_published_ones() -> None:
+    """Parameters: HPSv3's, ImageReward's BLIP-L and BERT, SigLIP so400m's and CLIP ViT-L/14's vision towers."""
+    plain = ("srpo.form=image_only", "srpo.threshold=null")
+    cases = {
+        ("reward.type=hpsv3", "reward.processor=none"): (7_744_923_136, 0),
+        ("reward.type=image_reward", "reward.processor=none"): (303_301_632, 141_977_088),
+        ("reward.type=siglip_aesthetic", "reward.head=none", *plain): (428_225_600, 0),
+        ("reward.type=aesthetic", "reward.head=none", *plain): (303_966_208, 0),
+    }
+    for overrides, expected in cases.items():
+        made = plan("H200", 1, "reward.path=none", *overrides)
+        found = made.setting.sizes.reward
+        assert (found.parameters, found.wide) == expected, overrides
+        assert "reward none does not exist: reckoned with the published" in str(made)
+    mixed = plan(
+        "H200",
+        1,
+        "reward.type=mixture",
+        "reward.path=''",
+        "reward.parts=[{path: a}, {path: b, type: hpsv3, processor: c}]",
+    )
+    parts = mixed.setting.sizes.reward
+    assert parts.parameters + parts.wide == 7_744_923_136 + 986_109_441
+    assert mixed.phases[2].tflop > plan("H200", 1).phases[2].tflop
+    held = plan("H200", 1, "validation.held_out={type: hpsv3, path: a, processor: b}")
+    assert term(held, "rewards of validation") == 2 * 7_744_923_136
 
 
 def test_decoder_keeps_what_the_patched_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +243,7 @@ def test_sizes_come_from_a_model_directory(flux_shaped: Path, clip_shaped: Path)
     for name, part in parts.items():
         assert getattr(found, name) == sum(p.numel() for p in getattr(pipeline, part).parameters()), part
     reward = CLIPModel.from_pretrained(clip_shaped)
-    assert found.reward_text + found.reward_vision == sum(p.numel() for p in reward.parameters())
+    assert found.reward.wide + found.reward.parameters == sum(p.numel() for p in reward.parameters())
     assert found.assumed == ()
     assert len(sizes().assumed) == 2
 
@@ -170,16 +275,55 @@ def test_terms_at_flux_dev() -> None:
     assert term(full, "transformer weights, fp32") == term(full, "gradients, fp32") == 4 * PARAMETERS
     assert term(full, "fp32 weights cast") == 2 * PARAMETERS
     assert term(full, "temporaries", "optimizer") == 4 * PARAMETERS
-    assert not plan("H200", 1, "model.precision=fp32", "model.path=tiny", "srpo.height=32").memory.host
+    tiny = plan("H200", 1, "model.precision=fp32", "model.path=tiny", "srpo.height=32", "run.save_async=false")
+    assert not tiny.memory.host
 
 
 def test_offload_moves_states_to_the_host() -> None:
     made = plan("H200", 1, "optimizer.offload=states")
-    assert made.memory.host == 6 * PARAMETERS
+    assert made.memory.host["optimizer state"] == 6 * PARAMETERS
+    assert made.memory.host["a copy of weights and states to save"] == (2 + 6) * PARAMETERS
     assert term(made, "optimizer state passing through", "optimizer") == 256 * 2**20
     optimizer = made.phases[-1]
     assert optimizer.seconds == pytest.approx(6 * PARAMETERS / 55e9), "both ways at once over the host's bus"
     assert "host memory for optimizer state: 71.41 GB" in str(made)
+
+
+def test_averages_are_on_the_gpu_or_the_host() -> None:
+    plain, here, there = (
+        plan("H200", 1, *options)
+        for options in ((), ("optimizer.ema_decay=0.9",), ("optimizer.ema_decay=0.9", "optimizer.offload=ema"))
+    )
+    assert term(here, "optimizer state: ") - term(plain, "optimizer state: ") == 4 * PARAMETERS
+    assert term(there, "optimizer state: ") == term(plain, "optimizer state: ")
+    assert there.memory.host["optimizer state"] == 4 * PARAMETERS
+    assert there.phases[-1].seconds == pytest.approx(4 * PARAMETERS / 55e9)
+    rare = plan("H200", 1, "optimizer.ema_decay=0.9", "optimizer.ema_every=10")
+    moved = [made.phases[-1].moved_gb for made in (plain, rare, here)]
+    assert moved[1] - moved[0] == pytest.approx((moved[2] - moved[0]) / 10)
+
+
+def test_adapters_are_all_that_is_trained(flux: FluxTransformer2DModel) -> None:
+    """Rank 16 on attention: 19 blocks of eight and 38 of three layers from 3072 to 3072."""
+    adapters = 16 * 2 * 3072 * (19 * 8 + 38 * 3)
+    block = "model.checkpointing=block"
+    lora = ("model.lora.rank=16", "model.text_cache=somewhere", block)
+    made, low, whole = plan("H200", 1, *lora), plan("H200", 1, *lora, "model.precision=fp8"), plan("H200", 1, block)
+    assert made.setting.trained == adapters
+    assert term(made, "gradients, fp32") == 4 * adapters
+    assert term(made, "optimizer state") == 6 * adapters
+    assert term(made, "transformer weights, bf16, and adapters") == 2 * (PARAMETERS + adapters)
+    float8 = made.setting.sizes.float8
+    assert term(low, "transformer weights, e4m3 and bf16") == 2 * (PARAMETERS + adapters) - float8
+    assert not any(name.startswith("e4m3 copy") for name in terms(low)), "there is no other"
+    assert low.phases[1].seconds < made.phases[1].seconds
+    passes = [made.phases[2].arithmetic for made in (made, whole)]
+    assert passes[0] == pytest.approx(passes[1] * 3 / 4, rel=0.1), "no gradients of frozen weights; with recomputation"
+    with torch.device("meta"):
+        copy = FluxTransformer2DModel.from_config(flux.config)
+    add_adapters(copy, LoraConfig(rank=4, targets="all"), seed=0)
+    real = sum(parameter.numel() for name, parameter in copy.named_parameters() if "lora_" in name)
+    assert sizes().adapters(LoraConfig(rank=4, targets="all")) == real
 
 
 def test_text_cache_keeps_text_encoders_away() -> None:
@@ -193,16 +337,42 @@ def test_sharding_divides(sharding: Any, shards: int) -> None:
     made = plan("H100", 16, "model.checkpointing=block", sharding=sharding)
     for name, item in (("transformer weights", 2), ("gradients, fp32", 4), ("optimizer state", 6)):
         assert term(made, name) == pytest.approx(item * PARAMETERS / shards)
-    assert term(made, "gathered blocks") == 3 * 2 * made.setting.sizes.largest_block
+    block = made.setting.sizes.largest_block
+    assert term(made, "gathered blocks") == (2 * 2 + 4) * block, "two blocks, and fp32 gradients of one"
+    assert term(made, "weights gathered whole", "rollout") == 2 * PARAMETERS
     rollout, gradient = made.phases[1:3]
-    weights = 2 * PARAMETERS * (shards - 1) / shards
-    assert rollout.link_gb == pytest.approx(2 * 25 * weights / GB), "one gathering a forward, two batches"
-    scattered = 4 * PARAMETERS * (shards - 1) / shards
+    weights, scattered = (item * PARAMETERS * (shards - 1) / shards for item in (2, 4))
+    assert rollout.link_gb == pytest.approx(2 * weights / GB), "one gathering a rollout, two batches"
+    assert rollout.seconds == pytest.approx(rollout.arithmetic + rollout.memory + rollout.collectives)
     summed = 2 * (1 / 2) * 4 * PARAMETERS / 8 if sharding == "hsdp" else 0
-    assert gradient.link_gb == pytest.approx(2 * (2 * weights + scattered + summed) / GB)
+    assert gradient.link_gb == pytest.approx((2 * (2 * weights + scattered) + summed) / GB)
+
+    blocks = plan("H100", 16, "model.checkpointing=block", "run.rollout_gather=blocks", sharding=sharding)
+    assert term(blocks, "gathered blocks", "rollout") == 2 * 2 * block
+    assert blocks.phases[1].link_gb == pytest.approx(2 * 25 * weights / GB), "one gathering a forward"
+    assert blocks.phases[1].seconds == max(
+        blocks.phases[1].arithmetic + blocks.phases[1].memory, blocks.phases[1].collectives
+    )
+
+    once = plan("H100", 16, "model.checkpointing=block", "run.reduce=update", sharding=sharding)
+    assert once.phases[2].link_gb == pytest.approx((2 * 2 * weights + scattered + summed) / GB)
+    assert term(once, "gradients held whole") == pytest.approx(4 * PARAMETERS * (1 - 1 / shards))
+    assert term(once, "gathered blocks") == 2 * 2 * block
+
+    low = plan(
+        "H100",
+        16,
+        *("model.checkpointing=block", "model.precision=fp8", f"run.sharding={sharding}", "run.fp8_all_gather=true"),
+        *(("run.shard_size=8",) if sharding == "hsdp" else ()),
+    )
+    narrow = 2 * PARAMETERS - low.setting.sizes.float8
+    assert term(low, "weights gathered whole", "rollout") == narrow
+    assert not any(name.startswith("e4m3 copy") for name in terms(low))
+    assert low.phases[1].link_gb == pytest.approx(2 * narrow * (shards - 1) / shards / GB)
+
     whole = plan("H100", 16, "model.checkpointing=block", sharding="none")
     assert whole.phases[-1].link_gb == pytest.approx(2 * 15 / 16 * 4 * PARAMETERS / GB), "one all-reduce"
-    assert whole.phases[1].link_gb == 0
+    assert whole.phases[1].link_gb == whole.phases[2].link_gb == 0
 
 
 def test_fp8_holds_a_copy_and_saves_time() -> None:
@@ -325,12 +495,31 @@ def test_combinations_and_none() -> None:
     assert "no combination of known changes fits" in str(small)
 
 
-def test_auto_is_what_the_trainer_would_choose(flux: FluxTransformer2DModel) -> None:
-    made = plan("B200", 1, "optimizer.gradients=bf16", "optimizer.moments=M2")
-    loaded = sum(t.most for t in made.memory.terms[: [t.name for t in made.memory.terms].index("gradients, bf16")])
-    reserved = made.setting.config.optimizer.reserved_bytes(list(flux.parameters()), "bf16")
-    expected = flux_policy(flux, "auto", batch=2, tokens=2537, free=int(192.3 * GB - loaded - reserved))
-    assert made.memory.policy.mode == expected.mode
+@pytest.mark.parametrize("precision", ["bf16", "fp8-rollout"])
+def test_auto_leaves_room_for_all_that_comes_later(precision: str) -> None:
+    """Gradients, states, the e4m3 copy and the image path: the first policy with which everything fits, to a gigabyte:
+    `flux_policy` leaves a little more for a block that is computed again than the plan has for it."""
+
+    def on(gigabytes: float, mode: str) -> Plan:
+        options = (f"model.precision={precision}", f"model.checkpointing={mode}")
+        return make_plan("r", configured("flux-dev-hps", *options), replace(GPUS["B200"], memory_gb=gigabytes))
+
+    for mode, weaker in (("selective", "block"), ("block", "block")):
+        enough = on(1000, mode).memory.peak / GB - 0.03 * 1000
+        assert on(enough / 0.97 + 1, "auto").memory.policy.mode == mode
+        assert on(enough / 0.97 + 1, "auto").memory.fits
+        assert on(enough / 0.97 - 1, "auto").memory.policy.mode == weaker
+
+
+def test_the_trainer_asks_for_the_same_room() -> None:
+    config = configured("flux-dev-hps", "optimizer.gradients=bf16", "optimizer.moments=M2")
+    made = make_plan("r", config, GPUS["B200"])
+    names = [entry.name for entry in made.memory.terms]
+    loaded = sum(entry.most for entry in made.memory.terms[: names.index("gradients, bf16")])
+    capacity = 192.3 * GB
+    room = activation_room(config, 1, capacity=capacity, free=capacity - loaded)
+    assert room == made.memory.policy.free
+    assert activation_room(config, 1, capacity=capacity, free=1e9) == 0
 
 
 # --- input and output -----------------------------------------------------------------------

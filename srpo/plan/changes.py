@@ -47,8 +47,9 @@ def advise(setting: Setting) -> Advice:
     """What would make `setting` fit: the fewest changes, and of as many those that cost least.
 
     In the order of cost: what leaves the numbers of the run as they are (text_cache, checkpointing, image_chunk,
-    micro_batch, sharding over the GPUs at hand), what rounds more (sums of gradients, the optimizer's moments, its
-    weights), and what makes updates slower (offload). A combination costs what its most costly change does.
+    micro_batch, sharding over the GPUs at hand and how it exchanges), what rounds more (frozen weights, sums of
+    gradients, the optimizer's moments, its weights), and what makes updates slower (offload). A combination costs what
+    its most costly change does.
     """
     known = list(_changes(setting))
     after = _after(setting, found) if (found := _fewest(setting, known)) else None
@@ -85,11 +86,19 @@ def _changes(setting: Setting) -> Iterator[Change]:
         yield Change("run.micro_batch", size, "smaller matrix products")
     if setting.count > 1 and setting.sharding == "none":
         yield Change("run.sharding", "fsdp", "weights are gathered in every pass")
+    if setting.keeps_whole_gradients:
+        yield Change("run.reduce", "backward", "gradients are scattered in every backward")
+    if setting.count > 1 and run.rollout_gather == "whole" and precision != "fp8-rollout":
+        yield Change("run.rollout_gather", "blocks", "weights are gathered in every step of a rollout")
+    if setting.sharding != "none" and precision == "fp8" and model.lora is None and not run.fp8_all_gather:
+        yield Change("run.fp8_all_gather", True, "gradients of inputs are of the e4m3 weights, too")
     if optimizer.name == "torch":
         yield Change("optimizer.name", "srpo", "this package's AdamW in place of torch's")
     weights, moments = optimizer.modes(precision)
     if optimizer.name == "torch" or (weights, precision == "fp32") == ("fp32", False):
         yield Change("optimizer.weights", "split32", "none: exactly fp32, stored in two parts")
+    if model.lora is not None and precision != "fp8":
+        yield Change("model.precision", "fp8", "the frozen weights of blocks in e4m3")
     if precision != "fp32" and optimizer.gradients != "bf16":
         yield Change("optimizer.gradients", "bf16", "rounded sums: 0.7 % error of a sum of 32 random gradients")
     for smaller_moments, error in (("M4", "0.4 %"), ("M3", "2 %"), ("M2", "6 %")):
@@ -99,7 +108,9 @@ def _changes(setting: Setting) -> Iterator[Change]:
             yield Change("optimizer.moments", smaller_moments, cost)
     if precision != "fp32" and weights != "split24":
         yield Change("optimizer.weights", "split24", "a byte less of every weight, stochastically rounded")
-    if not setting.offloads:
+    if setting.average_bytes and optimizer.offload == "none":
+        yield Change("optimizer.offload", "ema", "averages pass through host memory when they are updated")
+    if optimizer.offload != "states":
         yield Change("optimizer.offload", "states", "updates pass states through host memory")
 
 

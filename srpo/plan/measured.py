@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from srpo.plan.rewards import VIT_H
 from srpo.plan.setting import Setting
 from srpo.plan.timing import DECODER_PASSES, Efficiencies, Work, forward
 
@@ -67,7 +68,7 @@ def _work(setting: Setting, row: dict[str, Any]) -> Work | None:
         once = Work(convolution=decode.flops, moved=2 * DECODER_PASSES * decode.kept)
         return once * (batch * min(passes, 2))
     if match := re.fullmatch(r"ViT-H-14, frozen bf16, batch (\d+)", form):
-        return Work(linear=2 * int(match[1]) * setting.sizes.vision.flops)
+        return Work(linear=2 * int(match[1]) * VIT_H.flops)
     if match := re.fullmatch(r"(?:transformer|bf16|fp8), patched eager", form):
         steps = int(calls[1]) if (calls := re.fullmatch(r"rollout of (\d+)", mode)) else 1
         if row["flops"] is None or not (calls or mode in ("forward", "forward+backward")):

@@ -38,8 +38,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     rows = [[term.name, *(_gb(getattr(term, phase)) for phase in PHASES)] for term in memory.terms]
     rows.append(["total", *(_gb(memory.total(phase)) for phase in PHASES)])
     yield from _table(["", *PHASES], rows)
-    if memory.host:
-        yield f"host memory for optimizer state: {_gb(memory.host)} GB for each GPU"
+    yield from (f"host memory for {name}: {_gb(size)} GB for each GPU" for name, size in memory.host.items())
     yield from _verdict(plan)
 
     yield from ("", "time of an update, estimated")

@@ -12,6 +12,7 @@ from srpo.batches import clean_batches
 from srpo.config import TrainConfig
 from srpo.errors import InputError
 from srpo.hardware import GPUS_PER_NODE, Gpu
+from srpo.lora import LoraConfig
 from srpo.plan.sizes import Sizes
 from srpo.precision import compute_dtype
 
@@ -71,9 +72,49 @@ class Setting:
         return self.config.model.precision in ("fp8-rollout", "fp8")
 
     @property
+    def float8_copy(self) -> int:
+        """Bytes of the e4m3 copy that rollouts multiply with."""
+        is_one = self.frozen_float8 or (self.config.run.fp8_all_gather and self.shards > 1)
+        return self.sizes.float8 if self.float8 and not is_one else 0
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        return self.config.model.lora
+
+    @cached_property
+    def trained(self) -> int:
+        """Parameters that are trained: the transformer's, or its adapters'."""
+        return self.sizes.parameters if self.lora is None else self.sizes.adapters(self.lora)
+
+    @property
     def weight_item(self) -> int:
         """Bytes of a trained weight as the model holds it."""
+        if self.lora is not None:
+            return self.item
         return 4 if self.config.optimizer.model_weights(self.config.model.precision) == "fp32" else 2
+
+    @property
+    def frozen_float8(self) -> bool:
+        """Whether blocks hold their linear weights in e4m3, below adapters, and nothing else."""
+        return self.lora is not None and self.config.model.precision == "fp8"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the transformer as it is held, whole."""
+        frozen = self.sizes.float8 if self.frozen_float8 else 0
+        adapters = 0 if self.lora is None else self.trained
+        return (self.sizes.parameters - frozen + adapters) * self.weight_item + frozen
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Of the transformer as ranks that share it gather it, whole."""
+        saved = self.sizes.float8 * (self.weight_item - 1) if self.config.run.fp8_all_gather else 0
+        return self.weight_bytes - saved
+
+    @property
+    def block_bytes(self) -> float:
+        """Of its largest block, gathered."""
+        return self.sizes.largest_block * self.gathered_bytes / self.sizes.parameters
 
     @property
     def autocast(self) -> bool:
@@ -89,15 +130,31 @@ class Setting:
 
     @cached_property
     def state_bytes(self) -> int:
-        """Bytes of remainders and moments of all parameters, wherever they are."""
-        optimizer = replace(self.config.optimizer, gradients="fp32", offload="none")
-        count = self.sizes.parameters
-        whole = optimizer.reserved_bytes([torch.empty(count, device="meta")], self.config.model.precision)
-        return whole - 4 * count
+        """Bytes of remainders and moments of all trained parameters, wherever they are."""
+        optimizer = replace(self.config.optimizer, gradients="fp32", offload="none", ema_decay=None)
+        whole = optimizer.reserved_bytes([torch.empty(self.trained, device="meta")], self.config.model.precision)
+        return whole - 4 * self.trained
 
     @property
-    def offloads(self) -> bool:
-        return self.config.optimizer.offload == "states"
+    def average_bytes(self) -> int:
+        """Bytes of their averages, wherever they are."""
+        return 0 if self.config.optimizer.ema_decay is None else 4 * self.trained
+
+    @property
+    def gathers_whole(self) -> bool:
+        """Whether sharded weights are gathered whole for a rollout."""
+        return self.shards > 1 and self.offline < 1 and self.config.run.rollout_gather == "whole"
+
+    @property
+    def keeps_whole_gradients(self) -> bool:
+        """Whether ranks that share parameters hold whole gradients until an update's last backward."""
+        return self.shards > 1 and self.config.run.reduce == "update" and self.draws > 1
+
+    @property
+    def offloaded(self) -> int:
+        """Bytes of states and averages that are in host memory."""
+        kind = self.config.optimizer.offload
+        return {"none": 0, "ema": self.average_bytes, "states": self.state_bytes + self.average_bytes}[kind]
 
     @property
     def recomputes_images(self) -> bool:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from srpo.assets import resolve_asset
 from srpo.config import TrainConfig
-from srpo.errors import InputError
+from srpo.lora import LoraConfig
 from srpo.model_directory import check_image_size
-from srpo.rewards import RewardConfig
+from srpo.plan.rewards import RewardSizes, count, read_json, reward_sizes
 from srpo_kernels.float8_linear import select_layers
 
 __all__ = ["Flops", "Sizes"]
@@ -39,14 +37,6 @@ _FLUX_DEV: dict[str, dict[str, Any]] = {
         d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
     ),
 }
-#: PickScore's CLIPModel, where no reward directory is at hand: ViT-H-14.
-_PICKSCORE: dict[str, Any] = dict(
-    text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16),
-    vision_config=dict(
-        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14
-    ),
-    projection_dim=1024,
-)
 
 
 @dataclass(frozen=True)
@@ -72,27 +62,6 @@ class Decoder:
 
 
 @dataclass(frozen=True)
-class Vision:
-    """A ViT: what one image costs it."""
-
-    layers: int
-    width: int
-    hidden: int
-    tokens: int
-
-    @property
-    def flops(self) -> float:
-        """Of a forward pass; as many again for the gradient of the pixels."""
-        dense = 2 * self.tokens * self.layers * (4 * self.width**2 + 2 * self.width * self.hidden)
-        return dense + 4 * self.layers * self.tokens**2 * self.width
-
-    @property
-    def kept(self) -> int:
-        """Elements kept for backward with frozen weights: inputs of both norms and of the activation, q, k, v, out."""
-        return self.layers * self.tokens * (6 * self.width + self.hidden)
-
-
-@dataclass(frozen=True)
 class Sizes:
     """The models of a recipe at its image size. Modules are on the meta device."""
 
@@ -100,16 +69,15 @@ class Sizes:
     vae: Any
     t5: int  # parameters; none where `model.text_cache` stands in
     clip: int
-    reward_text: int
-    reward_vision: int
-    vision: Vision
+    reward: RewardSizes
+    validation: tuple[RewardSizes, ...]  # rewards that look on
     image: tuple[int, int]  # height, width in pixels
     text_tokens: int
     assumed: tuple[str, ...]  # what was not found and stands in
 
     @classmethod
     def of(cls, config: TrainConfig) -> Sizes:
-        """From the files that `config` names where they exist, and otherwise from FLUX.1-dev and ViT-H-14.
+        """From the files that `config` names where they exist, and otherwise from FLUX.1-dev and published rewards.
 
         Raises `InputError` when a file is there but cannot be used, or the image size does not fit the model.
         """
@@ -121,38 +89,45 @@ class Sizes:
         cached = config.model.text_cache is not None  # the directory may then be without text encoders
         parts = {name: shape for name, shape in _FLUX_DEV.items() if not (cached and name.startswith("text"))}
         if model.is_dir():
-            parts = {name: _read(model / name / "config.json") for name in parts}
+            parts = {name: read_json(model / name / "config.json") for name in parts}
         else:
             assumed.append(f"model {model} does not exist: reckoned with the sizes of FLUX.1-dev")
         image = config.srpo.height, config.srpo.width
         with torch.device("meta"):
             transformer = FluxTransformer2DModel.from_config(parts["transformer"])
             vae = AutoencoderKL.from_config(parts["vae"]).requires_grad_(False).eval()
-            t5 = 0 if cached else _count(T5EncoderModel(T5Config(**parts["text_encoder_2"])))
-            clip = 0 if cached else _count(CLIPTextModel(CLIPTextConfig(**parts["text_encoder"])))
+            t5 = 0 if cached else count(T5EncoderModel(T5Config(**parts["text_encoder_2"])))
+            clip = 0 if cached else count(CLIPTextModel(CLIPTextConfig(**parts["text_encoder"])))
         check_image_size(*image, multiple=2 ** len(vae.config.block_out_channels))
-        text, vision, tower, found = _reward(config.reward)
-        if not found:
-            assumed.append(f"reward {config.reward.path} does not exist: reckoned with ViT-H-14")
+        reward = reward_sizes(config.reward, 1 if config.srpo.form == "image_only" else 2)
         tokens = config.model.max_sequence_length
-        return cls(transformer, vae, t5, clip, text, vision, tower, image, tokens, tuple(assumed))
+        extra = (config.validation.held_out, config.validation.alignment)
+        looking = tuple(reward_sizes(part, 1) for part in extra if part is not None)
+        assumed += dict.fromkeys(note for each in (reward, *looking) for note in each.missing)
+        return cls(transformer, vae, t5, clip, reward, looking, image, tokens, tuple(assumed))
 
     @cached_property
     def parameters(self) -> int:
         """Of the transformer."""
-        return _count(self.transformer)
+        return count(self.transformer)
 
     @cached_property
     def float8(self) -> int:
-        """Weights held once more, in e4m3, by rollouts in an fp8 precision."""
+        """Weights of the layers that multiply in e4m3 in an fp8 precision."""
         layers: Iterable[Any] = select_layers("plan", self.transformer, ()).values()
         return sum(layer.weight.numel() for layer in layers)
+
+    def adapters(self, lora: LoraConfig) -> int:
+        """Parameters of LoRA adapters."""
+        modules = dict(self.transformer.named_modules())
+        layers = (modules[name] for name in lora.layers(self.transformer))
+        return sum(lora.rank * (layer.in_features + layer.out_features) for layer in layers)
 
     @cached_property
     def largest_block(self) -> int:
         """Parameters of the largest block, which sharding gathers at once."""
         blocks = (*self.transformer.transformer_blocks[:1], *self.transformer.single_transformer_blocks[:1])
-        return max(map(_count, blocks), default=0)
+        return max(map(count, blocks), default=0)
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -222,54 +197,4 @@ class Sizes:
 
     @cached_property
     def vae_parameters(self) -> int:
-        return _count(self.vae)
-
-
-def _reward(config: RewardConfig) -> tuple[int, int, Vision, bool]:
-    """Parameters of the reward's text and vision tower, the latter's shape, and whether its files exist."""
-    if config.type == "open_clip":
-        return _open_clip(config)
-    if config.type != "clip":
-        raise InputError(f"srpo plan knows the rewards clip and open_clip, not {config.type}")
-    from transformers import CLIPConfig, CLIPModel
-
-    path = resolve_asset(config.path, "reward")
-    shape = CLIPConfig(**(_read(path / "config.json") if path.is_dir() else _PICKSCORE))
-    with torch.device("meta"):
-        model = CLIPModel(shape)
-    vision = _count(model.vision_model) + _count(model.visual_projection)
-    v = shape.vision_config
-    tower = Vision(v.num_hidden_layers, v.hidden_size, v.intermediate_size, (v.image_size // v.patch_size) ** 2 + 1)
-    return _count(model) - vision, vision, tower, path.is_dir()
-
-
-def _open_clip(config: RewardConfig) -> tuple[int, int, Vision, bool]:
-    import open_clip
-
-    known = open_clip.list_models()
-    if config.architecture not in known:
-        raise InputError(f"reward architecture {config.architecture!r} is not an open_clip model name")
-    shape = open_clip.get_model_config(config.architecture) or {}
-    v = shape["vision_cfg"]
-    if not isinstance(v.get("layers"), int):
-        raise InputError(f"srpo plan knows ViT rewards only, and {config.architecture} is none")
-    kind = open_clip.CustomTextCLIP if shape.pop("custom_text", False) else open_clip.CLIP
-    with torch.device("meta"):
-        model = kind(**shape)
-    vision = _count(model.visual)
-    tokens = (v["image_size"] // v["patch_size"]) ** 2 + 1
-    tower = Vision(v["layers"], v["width"], int(v["width"] * v.get("mlp_ratio", 4)), tokens)
-    return _count(model) - vision, vision, tower, Path(config.path).is_file()
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file} is missing") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{file} is not valid JSON ({error})") from None
+        return count(self.vae)

@@ -98,17 +98,28 @@ def phases(setting: Setting, memory: Memory, got: Efficiencies) -> list[Phase]:
     batches, draws, run = setting.batches, setting.draws, setting.config.run
     online = batches * (1 - setting.offline)
     forwards = setting.config.srpo.rollout_steps * online
-    gathers = setting.sizes.parameters * setting.weight_item if setting.shards > 1 else 0
     rollout = forward(setting, run.micro_batch, quantized=setting.float8) * forwards
-    if setting.float8 and online:
-        rollout += Work(moved=3 * setting.sizes.float8)  # quantising all weights, once an update
-    encode = Work(convolution=setting.sizes.encode_flops, moved=DECODER_PASSES * _decoder_bytes(setting) / 2)
+    if online:  # all weights quantised: when they have been gathered, or once an update
+        rollout += Work(moved=3 * setting.float8_copy * (online if setting.gathers_whole else 1))
     if setting.config.data.latent_cache is None:
+        encode = Work(convolution=setting.sizes.encode_flops, moved=DECODER_PASSES * _decoder_bytes(setting) / 2)
         rollout += encode * (run.micro_batch * batches * setting.offline)
+    weights = setting.gathered_bytes if setting.shards > 1 else 0
+    gradients = setting.trained * setting.gradient_item if setting.shards > 1 else 0
+    scattered = gradients * (1 if run.reduce == "update" else draws)
     return [
         _phase("text", _texts(setting), setting, got),
-        _phase("rollout", rollout, setting, got, gathers * forwards),
-        _phase("gradient", gradient(setting, memory.policy.mode) * draws, setting, got, gathers * 2 * draws, draws),
+        _phase("rollout", rollout, setting, got, before=weights * online)
+        if setting.gathers_whole
+        else _phase("rollout", rollout, setting, got, beside=weights * forwards),
+        _phase(
+            "gradient",
+            gradient(setting, memory.policy.mode) * draws,
+            setting,
+            got,
+            beside=2 * weights * draws + scattered,
+            replicated=gradients / setting.shards,
+        ),
         _optimizer(setting, got),
     ]
 
@@ -132,12 +143,13 @@ def gradient(setting: Setting, policy: str) -> Work:
     config, sizes, rows = setting.config, setting.sizes, setting.rows
     ahead = forward(setting, rows, quantized=config.model.precision == "fp8")
     if config.model.precision == "fp8":
-        ahead += Work(moved=3 * sizes.float8)  # its layers quantise their weights each time
-    back = forward(setting, rows, quantized=False) * 2  # in arithmetic, and, assumed, in passes
+        ahead += Work(moved=3 * setting.float8_copy)  # its layers quantise their weights each time
+    # To inputs and to weights, but to inputs alone of frozen ones; as much in arithmetic as, assumed, in passes.
+    back = forward(setting, rows, quantized=False) * (2 if setting.lora is None else 1)
     again = {"none": Work(), "selective": Work(moved=ahead.moved), "block": ahead}[policy]
     scores = Work(
         convolution=sizes.decode.flops,
-        linear=setting.twins * sizes.vision.flops,
+        linear=setting.twins * sizes.reward.flops,
         moved=DECODER_PASSES * _decoder_bytes(setting),
     )
     return ahead + again + back + scores * (rows * (3 if setting.recomputes_images else 2))
@@ -154,40 +166,49 @@ def _texts(setting: Setting) -> Work:
     captions = setting.batches * config.run.micro_batch
     texts = captions * (1 if config.srpo.form == "image_only" else 2)
     linear = 2 * captions * (sizes.t5 * config.model.max_sequence_length + sizes.clip * 77)
-    return Work(linear=linear if config.model.text_cache is None else 0.0, fp32=2 * texts * sizes.reward_text * 77)
+    return Work(linear=linear if config.model.text_cache is None else 0.0, fp32=2 * texts * sizes.reward.texts * 77)
 
 
 def _optimizer(setting: Setting, got: Efficiencies) -> Phase:
     """Every stored byte read and all but gradients written, gradients once more for their norm."""
-    count, gradient_item = setting.sizes.parameters / setting.shards, setting.gradient_item
-    stored = setting.weight_item + setting.state_bytes / setting.sizes.parameters
+    count, gradient_item = setting.trained / setting.shards, setting.gradient_item
+    averages = setting.average_bytes / setting.config.optimizer.ema_every
+    stored = setting.weight_item + (setting.state_bytes + averages) / setting.trained
     torch = setting.config.optimizer.name == "torch"
     work = Work(moved=count * (TORCH_STEP if torch else 2 * stored + 2 * gradient_item))
     reduced = 0.0 if setting.shards > 1 else _ring(setting.count) * 2 * count * gradient_item
     phase = _phase("optimizer", work, setting, got)
     exchange = reduced / _link(setting.gpu, setting.count, got)
-    host = setting.state_bytes / setting.shards if setting.offloads else 0.0
+    host = setting.offloaded / setting.shards
     step = max(phase.seconds, host / (setting.gpu.host_gb_s * 1e9))  # both ways at once
     return Phase("optimizer", 0.0, phase.moved_gb, reduced / 1e9, 0.0, step, exchange, step + exchange)
 
 
 def _phase(
-    name: str, work: Work, setting: Setting, got: Efficiencies, gathered: float = 0.0, reduced_times: float = 0.0
+    name: str,
+    work: Work,
+    setting: Setting,
+    got: Efficiencies,
+    *,
+    before: float = 0.0,
+    beside: float = 0.0,
+    replicated: float = 0.0,
 ) -> Phase:
-    """A phase whose collectives, of sharded weights and gradients, run beside its work."""
-    gpu = setting.gpu
+    """A phase with its collectives.
+
+    Args:
+        before, beside: bytes of tensors gathered or scattered among the ranks that share weights, which work waits for
+            or goes on beside. replicated: those of shards that are summed over replicas, beside work.
+    """
+    gpu, replicas = setting.gpu, setting.count // setting.shards
     inside, link = _ring(setting.shards), _link(gpu, setting.shards, got)
-    gradients = setting.sizes.parameters * setting.gradient_item * reduced_times if setting.shards > 1 else 0.0
-    sent = inside * (gathered + gradients)
-    seconds = sent / link
-    replicas = setting.count // setting.shards
-    if replicas > 1:  # their shards are summed over nodes
-        across = 2 * _ring(replicas) * gradients / setting.shards
-        sent, seconds = sent + across, seconds + across / _link(gpu, setting.count, got)
+    across = 2 * _ring(replicas) * replicated
+    sent = inside * (before + beside) + across
+    waited, hidden = inside * before / link, inside * beside / link + across / _link(gpu, setting.count, got)
     arithmetic = work.arithmetic(gpu, got, fp32=setting.item == 4)
     traffic = work.traffic(gpu, got)
-    total = max(arithmetic + traffic, seconds)
-    return Phase(name, work.flops / 1e12, work.moved / 1e9, sent / 1e9, arithmetic, traffic, seconds, total)
+    total = waited + max(arithmetic + traffic, hidden)
+    return Phase(name, work.flops / 1e12, work.moved / 1e9, sent / 1e9, arithmetic, traffic, waited + hidden, total)
 
 
 def _ring(ranks: int) -> float:
