@@ -62,14 +62,19 @@ HD typename Other<U>::Type float_of(U bits) {
   return x;
 }
 
-// `value` in every lane. GCC would make it anew from an immediate wherever vectors need it, which is slower than loading.
-template <class U>
-HD U constant(uint32_t value) {
-  U x = U{} + value;
+// One number in every lane, loaded: GCC would make it anew from an immediate wherever vectors need it, which is slower.
+template <uint32_t kValue>
+inline constexpr uint32_t kStored = kValue;
+template <uint32_t kValue, class U>
+HD U constant() {
 #if defined(__x86_64__) && !defined(__CUDACC__)
-  if constexpr (sizeof(U) > sizeof(uint32_t)) asm("" : "+v"(x));
+  if constexpr (sizeof(U) > 16) {
+    U x;
+    asm("vpbroadcastd %1, %0" : "=v"(x) : "m"(kStored<kValue>));
+    return x;
+  }
 #endif
-  return x;
+  return U{} + kValue;
 }
 
 // Numbers below 2^23: adding 2^23 leaves them in the low bits.
@@ -173,9 +178,9 @@ constexpr uint32_t kInfinity = 0x7F800000;
 // magnitude with the probability of what is dropped.
 template <class F, class U>
 HD U carried(F x, U random) {
-  const U bits = bits_of(x), sum = bits + random, infinity = constant<U>(kInfinity);
+  const U bits = bits_of(x), sum = bits + random, infinity = constant<kInfinity, U>();
   const U kept = (sum & infinity) == infinity ? bits : sum;
-  return x != x ? constant<U>(0x7FC00000u) : kept;
+  return x != x ? constant<0x7FC00000u, U>() : kept;
 }
 
 // The pattern without its `dropped` lowest bits, so rounded.
@@ -192,12 +197,15 @@ HD U upper_half(U bits) {
   return (bits + 0x8000u) & 0xFFFF0000u;
 }
 
-// What has fp32 rounded to bf16, nearest even, in its upper half.
+// What has fp32 rounded to bf16, nearest even, in its upper half; the first for any pattern but a NaN's.
+template <class U>
+HD U nearest_number(U bits) {
+  return bits + constant<0x7FFFu, U>() + (bits >> 16 & constant<1, U>());
+}
 template <class F>
 HD typename Other<F>::Type nearest_half(F x) {
   using U = typename Other<F>::Type;
-  const U bits = bits_of(x), rounded = bits + constant<U>(0x7FFFu) + (bits >> 16 & constant<U>(1));
-  return x != x ? constant<U>(0x7FC00000u) : rounded;
+  return x != x ? constant<0x7FC00000u, U>() : nearest_number(bits_of(x));
 }
 
 // fp16 in the upper half.

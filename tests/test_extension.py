@@ -203,6 +203,27 @@ def test_neither_shards_nor_threads_change_a_bit(weights, moments, parts):
 
 
 @built
+@pytest.mark.parametrize("moments", ["M4", "M3"])
+def test_moments_that_rounding_would_make_infinite_or_that_are_not_numbers(moments, monkeypatch):
+    """Lanes of ordinary moments, which a quicker rounding takes, beside those that it must not."""
+    monkeypatch.setitem(STEP, "betas", (0.9, 0.5))  # so that a second moment comes within 2^-8 of the largest number
+    made = make((3, 1000), "split32", moments, torch.float32, 4)
+    large = torch.tensor([3.3895e38, -3.3895e38, 1.7e38, torch.inf, -torch.inf, torch.nan, 1e-39]).bfloat16()
+    made.state["exp_avg_sq"].view(-1)[: 42 * 37 : 37] = large.repeat(6)
+    made.gradient.view(-1)[: 7 * 42 * 37 : 7 * 37] = 1.8445e19
+    if moments == "M4":
+        made.state["exp_avg"].view(-1)[: 42 * 41 : 41] = large.repeat(6)
+    mine = clone(made)
+    numbers = {"lr": 3e-4, "coefficient": torch.tensor(1.0)}
+    specified(made, "split32", moments, 0, numbers, 1)
+    compiled([mine], "split32", moments, [0], numbers, 1)
+    for name in ("weight", "first", "second"):  # which NaN is torch's business
+        values = [getattr(of(parameter, "split32", moments, 0, parameter.state), name)() for parameter in (mine, made)]
+        assert torch.allclose(*values, rtol=0, atol=0, equal_nan=True), name
+    assert (made.state["exp_avg_sq"].view(-1)[: 7 * 42 * 37 : 7 * 37] == large[0]).any()
+
+
+@built
 def test_a_step_that_is_not_finite_changes_no_byte():
     for weights in WEIGHTS:
         made = make((6, 300), weights, "M2", torch.float32, 5)

@@ -34,6 +34,22 @@ HD void prefetch(const char* at) {
   for (int line = 0; line < kSize * kPair; line += 64) __builtin_prefetch(at + 2048 + line);
 }
 
+// Whether any lane may be of 2^127 or more: so are all that rounding could make infinite, infinities and NaNs.
+HD bool any_large(Words bits) {
+  const Words most = constant<0x7F000000u, Words>(), large = reinterpret_cast<Words>((bits & most) == most);
+#if !defined(__x86_64__)
+  uint32_t found = 0;
+  for (int i = 0; i < kLanes; ++i) found |= large[i];
+  return found != 0;
+#elif SRPO_BYTES == 64
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(large)) != 0;
+#elif SRPO_BYTES == 32
+  return _mm256_movemask_epi8(reinterpret_cast<__m256i>(large)) != 0;
+#else
+  return _mm_movemask_epi8(reinterpret_cast<__m128i>(large)) != 0;
+#endif
+}
+
 // --- shuffles ------------------------------------------------------------------------------------
 
 // Runs of `kRun` lanes from two vectors by turns, the first and the second half of what results; and the way back.
@@ -85,7 +101,7 @@ HD Pair<Floats> floats_of(Pair<Words> bits) { return {float_of(bits.a), float_of
 HD Pair<Words> bits_of_pair(Pair<Floats> x) { return {bits_of(x.a), bits_of(x.b)}; }
 
 // Woven 16-bit numbers, of which the caller wants the upper halves of words.
-HD Pair<Words> uppers(Words both) { return {both << 16, both & 0xFFFF0000u}; }
+HD Pair<Words> uppers(Words both) { return {both << 16, both & constant<0xFFFF0000u, Words>()}; }
 HD Words blend(Words even, Words odd) {
   const Halves x = reinterpret_cast<Halves>(even), y = reinterpret_cast<Halves>(odd);
   return reinterpret_cast<Words>(shuffle<Blended<kPair>>(x, y, std::make_integer_sequence<int, kPair>{}));

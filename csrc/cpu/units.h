@@ -99,8 +99,11 @@ struct Stepper {
                 round_down_bits(weight.b, both >> 16, kDropped)};
       }
       const Words before = load<Words>(at.pointer[kWeight]);
-      const Words after = join_uppers({upper_half(bits.a), upper_half(bits.b)});
-      sums.changed -= reinterpret_cast<Halves>(reinterpret_cast<Halves>(after) != reinterpret_cast<Halves>(before));
+      const Words half = constant<0x8000u, Words>();  // rounds the bf16 half, as `upper_half`
+      const Words after = join_uppers({bits.a + half, bits.b + half});
+      const Halves differing = reinterpret_cast<Halves>(after ^ before);
+      const Halves one = reinterpret_cast<Halves>(constant<0x10001u, Words>());
+      sums.changed += differing < one ? differing : one;
       store(at.pointer[kWeight], after);
       if constexpr (kWeights == Weights::kSplit32) store(at.pointer[kRemainder], join_lowers(bits));
       if constexpr (kWeights == Weights::kSplit24)
@@ -121,6 +124,20 @@ struct Stepper {
     if constexpr (!kRoots) return floats_of(load_halves<true>(at.pointer[kSecond]));
     const Words both = load_bytes(at.pointer[kSecond]);
     return {from_root(both & 0xFFFFu) * scale, from_root(both >> 16) * scale};
+  }
+
+  // The moments that bf16 takes at once. What is not finite, or could become so, is rare: one test of all lanes.
+  HD static void store_halves(const Places& at, Pair<Floats> first, Pair<Floats> second, const uint16_t* random) {
+    constexpr bool kBoth = kMoments == Moments::kM4;
+    const Words both = load<Words>(random), even = both & constant<0xFFFFu, Words>(), odd = both >> 16;
+    const Pair<Words> m = bits_of_pair(first), v = bits_of_pair(second);
+    Pair<Words> nearest{nearest_number(m.a), nearest_number(m.b)}, up{v.a + even, v.b + odd};
+    if (any_large(kBoth ? v.a | v.b | m.a | m.b : v.a | v.b)) [[unlikely]] {
+      nearest = {nearest_half(first.a), nearest_half(first.b)};
+      up = {carried(second.a, even), carried(second.b, odd)};
+    }
+    if constexpr (kBoth) store(at.pointer[kFirst], join_uppers(nearest));
+    store(at.pointer[kSecond], join_uppers(up));
   }
 
   // The pair from element `i` of a part on. Elements that are not `valid` must change no sum, also where eps is 0.
@@ -150,12 +167,8 @@ struct Stepper {
         store_floats<kWoven>(at.pointer[kFirst], {a.first, b.first});
         store_floats<kWoven>(at.pointer[kSecond], {a.second, b.second});
       }
-      if constexpr (kMoments == Moments::kM4)
-        store(at.pointer[kFirst], join_uppers({nearest_half(a.first), nearest_half(b.first)}));
-      if constexpr (kMoments == Moments::kM4 || kMoments == Moments::kM3) {
-        const Words random = load<Words>(part.second_random + shift + i);
-        store(at.pointer[kSecond], join_uppers({carried(a.second, random & 0xFFFFu), carried(b.second, random >> 16)}));
-      }
+      if constexpr (kMoments == Moments::kM4 || kMoments == Moments::kM3)
+        store_halves(at, {a.first, b.first}, {a.second, b.second}, part.second_random + shift + i);
       if constexpr (kCodes) part.first[i / kPair] = {a.first, b.first};
       if constexpr (kRoots) part.second[i / kPair] = {a.second, b.second};
     }
