@@ -317,24 +317,34 @@ def _saved(folder: Path) -> None:
 
 
 def _rollout(_: Path) -> None:
-    """Rollouts use the gathered weights, and quantise nothing."""
-    from small_flux import inputs, model
+    """`run.fp8_all_gather`: rollouts use the gathered weights as they are, quantising nothing."""
+    from torch.distributed.device_mesh import init_device_mesh
 
-    from srpo.sharding import gathered
-    from srpo_kernels import Float8Rollout, convert_to_float8, gather_float8
+    from srpo.assets import resolve_asset
+    from srpo.models import Flux
 
-    other, network = model(BF16), model(BF16)
-    whole = Float8Rollout(other)
-    convert_to_float8(network)
-    rollout = Float8Rollout(network)
-    _shard(network, "")
-    gather_float8(network)
+    path, size = resolve_asset("tiny", "pipeline"), (32, 32)
+    options: dict[str, Any] = dict(precision="fp8", max_sequence_length=16, trainable=True, weights="bf16")
+    parted, whole = (Flux.load(path, **options) for _flux in range(2))
+    for flux in (parted, whole):
+        flux.patch("auto")
+    parted.shard(init_device_mesh("cpu", (2,)), fp8_all_gather=True)
+    weights = {flux: list(flux.transformer.parameters()) for flux in (parted, whole)}  # those an optimizer has
+    noise = parted.noise(2, *size, torch.Generator().manual_seed(0))
+    conditioning = whole.encode_prompts(["a", "b"])
     for _step in range(2):
-        with gathered(network):
-            assert rollout.refresh(force=True) == 0
-            assert torch.equal(rollout(**inputs(BF16))[0], whole(**inputs(BF16))[0])
-        for parameter in (*network.parameters(), *other.parameters()):
-            parameter.detach().mul_(0.75)
+        found = []
+        for flux, parameters in weights.items():
+            with flux.whole():
+                assert flux.quantized is not None
+                found.append(flux.trajectory([1.0, 0.5], conditioning, 3.5, size, quantized=True)(noise, 1))
+                assert flux.quantized.refresh(force=True) == (0 if flux is parted else len(flux.quantized.names))
+            found.append(flux.velocity(noise, torch.full((2,), 0.5), conditioning, 3.5, size))
+            found[-1].square().mean().backward()
+            for parameter in parameters:
+                parameter.detach().mul_(0.75)
+        assert torch.equal(found[0], found[2])
+        assert torch.equal(found[1], found[3])
 
 
 def _differentiate_e4m3(patched: pytest.MonkeyPatch) -> None:
