@@ -97,10 +97,7 @@ def _export(options: argparse.Namespace) -> int:
         layout=options.format,
         shard_gb=options.shard_size,
     )
-    if options.format == "comfyui":
-        print(f"exported to {out}, for ComfyUI's models/diffusion_models; sample it with --model BASE")
-    else:
-        print(f"exported to {out}; load it with diffusers.FluxPipeline.from_pretrained({str(out)!r})")
+    print(f"exported to {out}; its model card says how to load it")
     return 0
 
 
@@ -240,8 +237,9 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="write a checkpoint for diffusers or ComfyUI")
     export.add_argument("run_directory", metavar="run", help="run directory")
-    export.add_argument("--out", required=True, help="new directory; for comfyui a new .safetensors file")
-    export.add_argument("--format", choices=("diffusers", "comfyui"), default="diffusers", help="default %(default)s")
+    export.add_argument("--out", required=True, help="new directory; for (lora-)comfyui a new .safetensors file")
+    formats = ("diffusers", "comfyui", "lora", "lora-comfyui")
+    export.add_argument("--format", choices=formats, default="diffusers", help="default %(default)s")
     export.add_argument("--step", type=int, help="which checkpoint (default the newest)")
     dtypes = ("fp32", "bf16", "fp8")
     export.add_argument("--dtype", choices=dtypes, help="of the transformer (default the run's); fp8: comfyui only")

@@ -1,39 +1,33 @@
-"""A run's checkpoint as a diffusers directory, or its transformer as one file for ComfyUI."""
+"""A run's checkpoint as a diffusers directory, as one file for ComfyUI, or its LoRA adapters alone for either."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-import torch
-from diffusers import FluxTransformer2DModel
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
-from srpo.assets import resolve_asset
-from srpo.checkpoint import Checkpoints, load_weights
+from srpo.checkpoint import Checkpoints
 from srpo.config import TrainConfig, load_config
 from srpo.errors import InputError
+from srpo.exported import DTYPES, RECIPE_NAME, Exported
 from srpo.files import new_directory
-from srpo.model_card import export_title, licence_name, model_card, portable_recipe
-from srpo.model_directory import check_model_directory
+from srpo.lora import LoraConfig
+from srpo.lora_file import LORA_NAME, to_diffusers, to_kohya
+from srpo.model_card import portable_recipe
 from srpo.rundir import CONFIG_NAME
 from srpo.single_file import StoredDtype, stored_bytes, write_single_file
 
-__all__ = ["RECIPE_KEY", "RECIPE_NAME", "ExportFormat", "checkpoint_of", "export_run", "load_run"]
+__all__ = ["ExportFormat", "checkpoint_of", "export_run", "load_run"]
 
-ExportFormat = Literal["diffusers", "comfyui"]
+ExportFormat = Literal["diffusers", "comfyui", "lora", "lora-comfyui"]
 
-#: Where an export keeps the run's recipe: a file of a directory, an entry in the header of a file.
-RECIPE_NAME, RECIPE_KEY = "recipe.yaml", "srpo.recipe"
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _SHARD_GB = 10.0
 _PICKLES = {".bin", ".ckpt", ".h5", ".msgpack", ".pt"}  # other copies of what the safetensors files hold
 
@@ -70,64 +64,105 @@ def export_run(
 
     Args:
         step: which checkpoint; default the newest.
-        dtype: what the transformer is stored in; default the run's precision. "fp8" only as a single file.
+        dtype: what the weights are stored in; default the run's precision. "fp8" only for "comfyui".
         layout: "diffusers", a directory for ``FluxPipeline.from_pretrained``: the tuned transformer with the base
             model's other components, byte for byte. "comfyui", one .safetensors file of the transformer alone (see
-            `srpo.single_file`), with its model card beside it, named alike but for ``.md``.
+            `srpo.single_file`), with its model card beside it, named alike but for ``.md``. Both have the adapters of a
+            LoRA run merged in. "lora", a directory for ``FluxPipeline.load_lora_weights``, and "lora-comfyui", a file
+            with its card: adapters alone (see `srpo.lora_file`).
         shard_gb: diffusers: the transformer's files hold at most so many gigabytes; default 10.
 
-    Raises `InputError`: no such run or checkpoint, arguments that do not fit, `out` exists, a full disk.
+    Raises `InputError`: no such run or checkpoint, arguments that do not fit, `out` exists, a full disk, a base model
+    that is not the one of a run's adapters.
     """
     config = load_run(directory)
-    checkpoint = checkpoint_of(directory, config, step)
     stored: StoredDtype = dtype or ("fp32" if config.model.precision == "fp32" else "bf16")
-    if layout == "comfyui":
-        if out.suffix != ".safetensors":
-            raise InputError(f"--out {out} must end in .safetensors with --format comfyui")
-        if shard_gb is not None:
-            raise InputError("--shard-size is for --format diffusers; comfyui is one file")
-        _write_file(directory, out, config, checkpoint, stored)
+    exported = Exported(directory, config, checkpoint_of(directory, config, step), stored)
+    if "comfyui" in layout and out.suffix != ".safetensors":
+        raise InputError(f"--out {out} must end in .safetensors with --format {layout}")
+    if layout != "diffusers" and shard_gb is not None:
+        raise InputError(f"--shard-size is for --format diffusers; {layout} is one file")
+    if shard_gb is not None and not shard_gb > 0:
+        raise InputError(f"--shard-size must be positive, got {shard_gb}")
+    if layout != "comfyui" and stored == "fp8":
+        raise InputError("--dtype fp8 is for --format comfyui; diffusers reads no scaled fp8")
+    if layout == "diffusers":
+        _write_pipeline(exported, out, shard_gb or _SHARD_GB)
+    elif layout == "comfyui":
+        _write_transformer(exported, out)
+    elif config.model.lora is None:
+        raise InputError(f"--format {layout} is for LoRA runs; {directory} trained the whole transformer")
     else:
-        if stored == "fp8":
-            raise InputError("--dtype fp8 is for --format comfyui; diffusers reads no scaled fp8")
-        if shard_gb is not None and not shard_gb > 0:
-            raise InputError(f"--shard-size must be positive, got {shard_gb}")
-        _write_directory(directory, out, config, checkpoint, stored, shard_gb or _SHARD_GB)
+        _write_adapters(exported, out, config.model.lora, comfyui=layout == "lora-comfyui")
     return out
 
 
-def _write_directory(
-    run: Path, out: Path, config: TrainConfig, checkpoint: Path, dtype: StoredDtype, shard_gb: float
-) -> None:
-    base = check_model_directory(resolve_asset(config.model.path, "pipeline"))
+def _write_pipeline(exported: Exported, out: Path, shard_gb: float) -> None:
+    base, dtype = exported.base, exported.dtype
     with _failures_named(out), new_directory(out) as temporary:
-        weights = load_weights(checkpoint)
+        weights = exported.transformer()
         copied = _copied_files(base)
         _require_space(out, stored_bytes(weights, dtype) + sum(file.stat().st_size for file in copied))
         for file in copied:
             target = temporary / file.relative_to(base)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
-        with torch.device("meta"):
-            transformer = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(base / "transformer"))
-        cast = {name: tensor.to(_DTYPES[dtype]) for name, tensor in weights.items()}
-        _check_fit(transformer.state_dict(), cast, checkpoint, base)
+        transformer = exported.empty_transformer()
+        cast = {name: tensor.to(DTYPES[dtype]) for name, tensor in weights.items()}
+        _check_fit(transformer.state_dict(), cast, exported.checkpoint, base)
         transformer.load_state_dict(cast, assign=True)
         transformer.save_pretrained(temporary / "transformer", max_shard_size=int(shard_gb * 1e9))
-        (temporary / RECIPE_NAME).write_text(portable_recipe(config), encoding="utf-8")
-        card = model_card(
-            config,
-            run=run,
-            step=_step(checkpoint),
-            dtype=dtype,
-            usage=f"diffusers.FluxPipeline.from_pretrained({out.name!r})\nsrpo sample {out.name} --out images",
-            files=sorted(file for file in temporary.rglob("*") if file.is_file()),
-            root=temporary,
-        )
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        _describe(exported, temporary, f"diffusers.FluxPipeline.from_pretrained({out.name!r})\n{_sample(out)}")
 
 
-def _write_file(run: Path, out: Path, config: TrainConfig, checkpoint: Path, dtype: StoredDtype) -> None:
+def _write_transformer(exported: Exported, out: Path) -> None:
+    usage = f"{_sample(out)} --model BASE\n# ComfyUI: models/diffusion_models"
+    if exported.dtype != "fp8":
+        reader = f'from_single_file({out.name!r}, config=BASE, subfolder="transformer")'
+        usage = f"diffusers.FluxTransformer2DModel.{reader}\n{usage}"
+    with _file_and_card(exported, out, usage) as file:
+        weights = exported.transformer()
+        _require_space(out, stored_bytes(weights, exported.dtype))
+        try:
+            write_single_file(file, weights, exported.dtype, exported.header(weights))
+        except ValueError as error:
+            raise InputError(f"checkpoint {exported.checkpoint} is no FLUX transformer: {error}") from None
+
+
+def _write_adapters(exported: Exported, out: Path, config: LoraConfig, *, comfyui: bool) -> None:
+    usage = f"pipeline.load_lora_weights({out.name!r})\n{_sample(out)} --model BASE"
+    if comfyui:
+        with _file_and_card(exported, out, f"{usage}\n# ComfyUI: models/loras", adapters=True) as file:
+            _save_adapters(exported, file, out, config, comfyui)
+    else:
+        with _failures_named(out), new_directory(out) as temporary:
+            _save_adapters(exported, temporary / LORA_NAME, out, config, comfyui)
+            _describe(exported, temporary, usage, adapters=True)
+
+
+def _save_adapters(exported: Exported, file: Path, out: Path, config: LoraConfig, comfyui: bool) -> None:
+    shapes = exported.empty_transformer().state_dict()
+    rows = {name.removesuffix(".weight"): len(tensor) for name, tensor in shapes.items()}
+    adapters = exported.adapters()
+    tensors, header = to_kohya(adapters, config, rows) if comfyui else to_diffusers(adapters, config)
+    _require_space(out, sum(tensor.nbytes for tensor in tensors.values()))
+    save_file(tensors, file, metadata={**exported.header(shapes, adapters=True), **header})
+
+
+def _sample(out: Path) -> str:
+    return f"srpo sample {out.name} --out images"
+
+
+def _describe(exported: Exported, directory: Path, usage: str, *, adapters: bool = False) -> None:
+    """Leave recipe and card in a directory that is otherwise complete."""
+    (directory / RECIPE_NAME).write_text(portable_recipe(exported.config), encoding="utf-8")
+    files = sorted(file for file in directory.rglob("*") if file.is_file())
+    (directory / "README.md").write_text(exported.card(usage, files, directory, adapters=adapters), encoding="utf-8")
+
+
+@contextmanager
+def _file_and_card(exported: Exported, out: Path, usage: str, *, adapters: bool = False) -> Iterator[Path]:
+    """A temporary file that becomes `out` when the block ends well, with its card beside it."""
     beside = out.with_suffix(".md")
     for path in (out, beside):
         if path.exists():
@@ -137,25 +172,9 @@ def _write_file(run: Path, out: Path, config: TrainConfig, checkpoint: Path, dty
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
-            weights = load_weights(checkpoint)
-            _require_space(out, stored_bytes(weights, dtype))
             file, card = temporary / out.name, temporary / beside.name
-            try:
-                write_single_file(file, weights, dtype, _header(config, checkpoint, weights, dtype))
-            except ValueError as error:
-                raise InputError(f"checkpoint {checkpoint} is no FLUX transformer: {error}") from None
-            usage = f"srpo sample {out.name} --model BASE --out images\n# ComfyUI: models/diffusion_models"
-            if dtype != "fp8":
-                usage = (
-                    f"diffusers.FluxTransformer2DModel.from_single_file({out.name!r}, config=BASE, "
-                    f'subfolder="transformer")\n{usage}'
-                )
-            card.write_text(
-                model_card(
-                    config, run=run, step=_step(checkpoint), dtype=dtype, usage=usage, files=[file], root=temporary
-                ),
-                encoding="utf-8",
-            )
+            yield file
+            card.write_text(exported.card(usage, [file], temporary, adapters=adapters), encoding="utf-8")
             card.rename(beside)
             try:
                 file.rename(out)  # last: what is there is whole
@@ -164,28 +183,6 @@ def _write_file(run: Path, out: Path, config: TrainConfig, checkpoint: Path, dty
                 raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _header(config: TrainConfig, checkpoint: Path, weights: Mapping[str, Tensor], dtype: str) -> dict[str, str]:
-    """Keys of the Stability AI Model Metadata Standard 1.0.1, and our own."""
-    recipe = portable_recipe(config)
-    width = len(weights["x_embedder.bias"]) if "x_embedder.bias" in weights else 0
-    guided = any("guidance_embedder" in name for name in weights)
-    return {
-        "format": "pt",
-        "modelspec.sai_model_spec": "1.0.1",
-        # Only models of this width are FLUX.1 to those who read the key.
-        "modelspec.architecture": ("flux-1-dev" if guided else "flux-1-schnell") if width == 3072 else "flux-1-other",
-        "modelspec.implementation": "https://github.com/black-forest-labs/flux",
-        "modelspec.title": export_title(config),
-        "modelspec.license": licence_name(config),
-        "modelspec.resolution": f"{config.srpo.width}x{config.srpo.height}",
-        "srpo.version": version("srpo-kernels"),
-        "srpo.step": str(_step(checkpoint)),
-        "srpo.dtype": dtype,
-        RECIPE_KEY: recipe,
-        "srpo.recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest(),
-    }
 
 
 def _copied_files(base: Path) -> list[Path]:
@@ -222,7 +219,3 @@ def _failures_named(out: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise InputError(f"nothing was exported to --out {out}: {error}") from None
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))

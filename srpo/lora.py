@@ -123,18 +123,20 @@ def adapters(transformer: nn.Module) -> dict[str, nn.Parameter]:
     return {name.replace(".default.", "."): parameter for name, parameter in named if ".lora_" in name}
 
 
-def merge(base: Mapping[str, Tensor], found: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """The weights `base` of a transformer, in their dtype, with adapters merged in: computed in fp32, rounded once.
+def merge(
+    base: Mapping[str, Tensor], found: Mapping[str, Tensor], scale: float, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The weights `base` of a transformer with adapters merged in, in `dtype`: computed in fp32, rounded once.
 
     Raises `ValueError` when an adapter has no layer, or does not fit it.
     """
-    merged = dict(base)
+    merged = {name: tensor.to(dtype) for name, tensor in base.items()}
     for layer in dict.fromkeys(name.partition(".lora_")[0] for name in found):
         weight = base.get(f"{layer}.weight")
         down, up = (found.get(f"{layer}.lora_{which}.weight") for which in "AB")
         if weight is None or down is None or up is None or weight.shape != (up.shape[0], down.shape[1]):
             raise ValueError(f"the adapter of {layer} does not fit")
-        merged[f"{layer}.weight"] = (weight.float() + scale * (up.float() @ down.float())).to(weight.dtype)
+        merged[f"{layer}.weight"] = (weight.float() + scale * (up.float() @ down.float())).to(dtype)
     return merged
 
 

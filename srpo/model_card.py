@@ -42,15 +42,26 @@ def licence_name(config: TrainConfig) -> str:
 
 
 def model_card(
-    config: TrainConfig, *, run: Path, step: int, dtype: str, usage: str, files: Sequence[Path], root: Path
+    config: TrainConfig,
+    *,
+    run: Path,
+    step: int,
+    what: str,
+    usage: str,
+    files: Sequence[Path],
+    root: Path,
+    adapters: bool = False,
 ) -> str:
     """Markdown for the weights after update `step` of the run in `run`.
 
     Args:
-        dtype: what the transformer is stored in. usage: Python or shell that loads it.
+        what: a sentence that says what they are. usage: Python or shell that loads them.
         files: what has been written, to be listed with sizes and SHA-256 under names relative to `root`.
+        adapters: they are LoRA adapters for the base model.
     """
-    front: dict[str, Any] = {"library_name": "diffusers", "base_model": config.model.path, "tags": ["srpo"]}
+    front: dict[str, Any] = {"library_name": "diffusers", "base_model": config.model.path}
+    front["base_model_relation"] = "adapter" if adapters else "finetune"
+    front["tags"] = ["srpo", "lora"] if adapters else ["srpo"]
     front["license"] = "apache-2.0" if config.model.path == TINY else "other"
     controls = f"{', '.join(config.srpo.positive_controls)} against {', '.join(config.srpo.negative_controls)}"
     recipe = portable_recipe(config)
@@ -58,8 +69,7 @@ def model_card(
         [
             f"---\n{yaml.safe_dump(front)}---",
             f"# {export_title(config)}",
-            f"The transformer after {step} updates, in {dtype}. {config.data.mode.capitalize()} mode, control words: "
-            f"{controls}.",
+            f"{what} {config.data.mode.capitalize()} mode, control words: {controls}.",
             f"```\n{usage}\n```",
             f"## Licence\n\n{_licence(config)}",
             f"## Recipe\n\n{_summary(config)}\n\nSHA-256 of the exported recipe: `{_sha256(recipe.encode())}`.",
@@ -89,6 +99,7 @@ def _summary(config: TrainConfig) -> str:
     rows: list[tuple[str, object]] = [
         ("base model", config.model.path),
         ("precision", config.model.precision),
+        ("trained", f"LoRA adapters, {config.model.lora}" if config.model.lora else "the whole transformer"),
         ("reward", _reward(config)),
         ("images", f"{objective.width} x {objective.height}, guidance {objective.guidance}, shift {objective.shift}"),
         ("updates planned", objective.updates),

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from PIL import Image
 
 from srpo.assets import resolve_asset
+from srpo.base_model import check_base, read_base
 from srpo.checkpoint import load_weights
 from srpo.config import TrainConfig, load_config
 from srpo.distributed import Ranks
 from srpo.errors import InputError
-from srpo.export import RECIPE_KEY, RECIPE_NAME, checkpoint_of, load_run
+from srpo.export import checkpoint_of, load_run
+from srpo.exported import BASE_KEY, RECIPE_KEY, RECIPE_NAME
 from srpo.files import new_directory
 from srpo.images import save_grid
+from srpo.lora_file import LORA_KEY, LORA_NAME, read_lora
 from srpo.model_directory import check_model_directory
 from srpo.models import Flux
 from srpo.prompts import read_prompts
@@ -33,11 +37,13 @@ __all__ = ["Source", "load_flux", "open_source", "write_samples"]
 class Source:
     """What to sample: `config`, with the model and how it is sampled, and the transformer's weights.
 
-    `weights` are a checkpoint directory or a single file; None: those of the model itself.
+    `weights` are a checkpoint directory, a single file or a file of adapters; None: those of the model itself. Adapters
+    are for the base model of fingerprint `base`.
     """
 
     config: TrainConfig
     weights: Path | None = None
+    base: str | None = None
 
 
 def open_source(
@@ -51,7 +57,8 @@ def open_source(
     """What `source` holds; no weights are read yet.
 
     Args:
-        source: a run directory; a pipeline directory or single file, exported or not; or a recipe, for its base model.
+        source: a run directory; a pipeline directory or single file, exported or not; exported adapters; or a recipe,
+            for its base model.
         step: of a run: which checkpoint; default the newest, 0 the base model.
         model: the pipeline directory whose other components, or all, are used, instead of the recipe's ``model.path``.
         recipe: how to sample a pipeline or a file that was not exported by srpo, or otherwise than its own recipe says.
@@ -60,6 +67,8 @@ def open_source(
     Raises `InputError`, naming the argument.
     """
     path = Path(source)
+    if (path / LORA_NAME).is_file():
+        path = path / LORA_NAME
     changes = [*overrides, *([_override("model.path", model)] if model is not None else [])]
     run = path.is_dir() and (path / CONFIG_NAME).is_file()
     exported = (path / "model_index.json").is_file() or (path.is_file() and path.suffix == ".safetensors")
@@ -69,42 +78,53 @@ def open_source(
         raise InputError(f"--recipe is for a pipeline directory or a single file, which {path} is not")
     if run:
         config = load_run(path, changes)
-        return Source(config, None if step == 0 else checkpoint_of(path, config, step))
+        weights = None if step == 0 else checkpoint_of(path, config, step)
+        return Source(config, weights, read_base(path) if config.model.lora else None)
     if path.is_dir():
         if not exported:
             raise InputError(f"{path} is neither a run directory ({CONFIG_NAME}) nor a pipeline (model_index.json)")
         if model is not None:
             raise InputError(f"--model and {path}: a pipeline directory is a whole model")
-        return Source(_recipe_of_pipeline(path, recipe, [*changes, _override("model.path", path)]))
+        return Source(_merged(_recipe_of_pipeline(path, recipe, [*changes, _override("model.path", path)])))
     if exported:
         config = _recipe_of_file(path, recipe, changes)
         if not resolve_asset(config.model.path, "pipeline").is_dir():
             raise InputError(
                 f"{path} holds a transformer only, and its base model {config.model.path} is not here: give --model"
             )
-        return Source(config, path)
+        header = single_file_metadata(path)
+        return Source(config, path, header.get(BASE_KEY)) if LORA_KEY in header else Source(_merged(config), path)
     return Source(load_config(path if path.is_file() else str(source), changes))
 
 
 def load_flux(source: Source, *, device: str | None = None) -> Flux:
     """The model of `source`, to sample with. Raises `InputError` when it cannot be used."""
     config = source.config
-    objective, cache = config.srpo, config.model.text_cache
+    objective, cache, lora = config.srpo, config.model.text_cache, config.model.lora
     model = resolve_asset(config.model.path, "pipeline")
+    if lora and source.weights is not None:
+        check_base(source.base, model, str(source.weights))
     flux = Flux.load(
         check_model_directory(model, (objective.height, objective.width), text=cache is None),
         device=Ranks.join(device or config.run.device).device,
         precision=config.model.precision,
         max_sequence_length=config.model.max_sequence_length,
         text_cache=cache,
+        lora=lora,
     )
     if source.weights is not None:
-        weights = load_weights(source.weights) if source.weights.is_dir() else read_single_file(source.weights)
-        try:
-            flux.transformer.load_state_dict(weights)
-        except RuntimeError as error:
-            first = str(error).strip().splitlines()[-1].strip()
-            raise InputError(f"{source.weights} does not fit the model {model}: {first}") from None
+        if source.weights.is_dir():
+            weights = load_weights(source.weights)
+        else:
+            weights = read_lora(source.weights, lora) if lora else read_single_file(source.weights)
+        own = flux.trainable()
+        shapes, found = ({name: tensor.shape for name, tensor in held.items()} for held in (own, weights))
+        if shapes != found:
+            first = min(name for name, _ in shapes.items() ^ found.items())
+            raise InputError(f"{source.weights} does not fit the model {model}: {first} differs")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(weights[name])
     return flux
 
 
@@ -170,6 +190,11 @@ def _recipe_of_file(path: Path, recipe: str | None, overrides: Sequence[str]) ->
     with TemporaryDirectory() as temporary:
         (Path(temporary) / RECIPE_NAME).write_text(text, encoding="utf-8")
         return load_config(Path(temporary) / RECIPE_NAME, overrides)
+
+
+def _merged(config: TrainConfig) -> TrainConfig:
+    """The config of a whole transformer, into which a run's adapters have been merged."""
+    return replace(config, model=replace(config.model, lora=None))
 
 
 def _override(key: str, value: str | Path) -> str:

@@ -20,6 +20,7 @@ from srpo.errors import InputError
 from srpo_kernels import quantize_fp8
 
 __all__ = [
+    "BLOCK_LAYERS",
     "StoredDtype",
     "from_bfl",
     "quantize",
@@ -75,6 +76,12 @@ _DOUBLE_NORMS = {
     "txt_attn.norm.key_norm": "attn.norm_added_k",
 }
 _SINGLE_NORMS = {"norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k"}
+
+#: Blocks of a kind: BFL's name -> diffusers', and their linear layers.
+BLOCK_LAYERS: dict[str, tuple[str, Mapping[str, tuple[str, ...]]]] = {
+    "double_blocks": ("transformer_blocks", _DOUBLE),
+    "single_blocks": ("single_transformer_blocks", _SINGLE),
+}
 
 _SWAPPED = "final_layer.adaLN_modulation.1."
 _PREFIX = "model.diffusion_model."
@@ -197,11 +204,8 @@ def _names(double: int, single: int, *, guidance: bool) -> Iterator[tuple[str, t
     """Every tensor of the layout, with the tensors of diffusers that it holds."""
     layers: dict[str, tuple[str, ...]] = {**_OUTER, **(_GUIDANCE if guidance else {})}
     norms: dict[str, str] = {}
-    kinds: tuple[tuple[str, str, int, Mapping[str, tuple[str, ...]], Mapping[str, str]], ...] = (
-        ("double_blocks", "transformer_blocks", double, _DOUBLE, _DOUBLE_NORMS),
-        ("single_blocks", "single_transformer_blocks", single, _SINGLE, _SINGLE_NORMS),
-    )
-    for theirs, ours, count, of_layers, of_norms in kinds:
+    for theirs, count, of_norms in (("double_blocks", double, _DOUBLE_NORMS), ("single_blocks", single, _SINGLE_NORMS)):
+        ours, of_layers = BLOCK_LAYERS[theirs]
         for index in range(count):
             here, there = f"{theirs}.{index}.", f"{ours}.{index}."
             layers |= {here + name: tuple(there + part for part in parts) for name, parts in of_layers.items()}

@@ -428,11 +428,11 @@ def test_failure_leaves_nothing(
         monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**9, 10**9, 1_000_000))
         message = r"--out .*out.*: 0\.0\d GB needed, 0\.00 GB free"
     elif how == "while writing":
-        monkeypatch.setattr("srpo.export.model_card", fail)
+        monkeypatch.setattr("srpo.exported.model_card", fail)
         message = r"nothing was exported to --out .*out.*: No space left"
     else:
         load: Callable[[Path], dict[str, Tensor]] = lambda _: {"x": torch.zeros(1)}  # noqa: E731
-        monkeypatch.setattr("srpo.export.load_weights", load)
+        monkeypatch.setattr("srpo.exported.load_weights", load)
         message = "does not fit the base model" if name == "out" else "is no FLUX transformer"
     with pytest.raises(InputError, match=message):
         export_run(run, tmp_path / name, layout="comfyui" if "." in name else "diffusers")
