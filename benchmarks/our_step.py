@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.phases import Phases
+from srpo.activations import keep_activations
 from srpo.batches import CleanBatches
 from srpo.config import TrainConfig
 from srpo.distributed import Ranks
 from srpo.models import Flux
 from srpo.optimizer import load_optimizer, set_gradient_dtype, take_step
-from srpo.precision import compute_dtype
 from srpo.prompts import Prompt
 from srpo.rewards import Reward
 from srpo.sources import control_schedule
 from srpo.update import Draw, Seconds, Update
-from srpo_kernels.checkpointing import flux_policy
 
 __all__ = ["CAPTION", "OurStep"]
 
@@ -36,15 +35,7 @@ class OurStep:
         for parameter in flux.trainable().values():
             parameter.requires_grad_(True)
         set_gradient_dtype(config.optimizer, flux.trainable().values(), 1)
-        size = (config.srpo.height, config.srpo.width)
-        height, width = flux.latent_size(*size)
-        flux_policy(
-            flux.transformer,
-            config.model.checkpointing,
-            batch=2 * config.run.micro_batch,
-            tokens=height * width // 4 + config.model.max_sequence_length,
-            dtype=compute_dtype(config.model.precision),
-        )
+        keep_activations(config, flux)
         ranks = Ranks(0, 1, flux.device)
         self.batches = CleanBatches(config, ranks, flux, reward, _OneCaption(config))  # type: ignore[arg-type]
         self.update = Update(config, ranks, flux, reward, self.batches, sharded=False)

@@ -37,7 +37,7 @@ _VAE: dict[str, Any] = dict(
     use_quant_conv=False,
     use_post_quant_conv=False,
 )
-_COMMON = ("srpo.batch_size=1", "run.micro_batch=1", "run.draws_per_rollout=1", "model.checkpointing=selective")
+_COMMON = ("srpo.batch_size=1", "run.micro_batch=1", "run.draws_per_rollout=1")
 
 
 def recipe(model: str, size: int | None, overrides: Sequence[str]) -> TrainConfig:
