@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import ConfigDict
@@ -21,7 +21,7 @@ from srpo.errors import InputError
 from srpo.randomness import generator
 from srpo_kernels import freeze_float8
 
-__all__ = ["LoraConfig", "adapters", "add_adapters", "merge"]
+__all__ = ["LoraConfig", "Merged", "adapters", "add_adapters", "merge"]
 
 _ATTENTION = (
     *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
@@ -123,21 +123,31 @@ def adapters(transformer: nn.Module) -> dict[str, nn.Parameter]:
     return {name.replace(".default.", "."): parameter for name, parameter in named if ".lora_" in name}
 
 
-def merge(
-    base: Mapping[str, Tensor], found: Mapping[str, Tensor], scale: float, dtype: torch.dtype
-) -> dict[str, Tensor]:
+class Merged(NamedTuple):
+    """Weights with adapters merged in, and the norm of what rounding did to them over that of what adapters did."""
+
+    weights: dict[str, Tensor]
+    rounding: float
+
+
+def merge(base: Mapping[str, Tensor], found: Mapping[str, Tensor], scale: float, dtype: torch.dtype) -> Merged:
     """The weights `base` of a transformer with adapters merged in, in `dtype`: computed in fp32, rounded once.
 
     Raises `ValueError` when an adapter has no layer, or does not fit it.
     """
     merged = {name: tensor.to(dtype) for name, tensor in base.items()}
+    change, error = 0.0, 0.0
     for layer in dict.fromkeys(name.partition(".lora_")[0] for name in found):
         weight = base.get(f"{layer}.weight")
         down, up = (found.get(f"{layer}.lora_{which}.weight") for which in "AB")
         if weight is None or down is None or up is None or weight.shape != (up.shape[0], down.shape[1]):
             raise ValueError(f"the adapter of {layer} does not fit")
-        merged[f"{layer}.weight"] = (weight.float() + scale * (up.float() @ down.float())).to(dtype)
-    return merged
+        added = scale * (up.float() @ down.float())
+        exact = weight.float() + added
+        merged[f"{layer}.weight"] = rounded = exact.to(dtype)
+        change += added.norm().item() ** 2
+        error += (rounded.float() - exact).norm().item() ** 2
+    return Merged(merged, math.sqrt(error / change) if change else 0.0)
 
 
 def _ends(name: str, end: str) -> bool:
