@@ -29,7 +29,7 @@ from benchmarks.peers import liger
 from benchmarks.report.quick import quick_table
 from benchmarks.schema import SCHEMA, Ceilings, Measurement, Process, Run, now, write
 
-__all__ = ["Plan", "backward", "forward", "measurements", "new_run", "status"]
+__all__ = ["Plan", "backward", "call_of", "forward", "measurements", "new_run", "planned_of", "status"]
 
 UNMEASURED = "not measured: no GPU"
 _TRIES, _PAUSE = 3, 5.0
@@ -52,7 +52,7 @@ def measurements(plan: Plan, ceilings: Ceilings) -> Iterator[Measurement]:
     """Every case's forms and modes that match, each as soon as it is measured. A failure is one of them."""
     ends = time.monotonic() + plan.budget
     for case in cases(plan.device, small=plan.small):
-        wanted = [m for m in _planned(case, plan) if re.search(plan.match, m.id)]
+        wanted = [m for m in planned_of(case, plan) if re.search(plan.match, m.id)]
         if not wanted:
             continue
         if time.monotonic() > ends:
@@ -71,7 +71,7 @@ def measurements(plan: Plan, ceilings: Ceilings) -> Iterator[Measurement]:
                 yield replace(each, status="error", error=f"{type(error).__name__}: {str(error)[:300]}")
 
 
-def _planned(case: Case, plan: Plan) -> Iterator[Measurement]:
+def planned_of(case: Case, plan: Plan) -> Iterator[Measurement]:
     """The measurements of a case, not measured yet."""
     forms = ["ours", "eager", *(["compiled"] if case.compiled else []), *(["liger"] if liger(case) else [])]
     contract = {"clock": "events", "scope": "device", "regime": plan.regime, "fill": "the case's own, seed 0"}
@@ -90,8 +90,7 @@ def _measured(
     plan: Plan,
     ceilings: Ceilings,
 ) -> Measurement:
-    form, run = _form(case, planned), _run(case, planned)
-    call = partial(run, form)
+    call = call_of(case, planned)
     cache = copies.cache if copies else "none"
     planned = replace(planned, recipe=_recipe(case, inputs[0]), contract={**planned.contract, "cache": cache})
     problem, process, timed = None, None, None
@@ -108,7 +107,8 @@ def _measured(
             break
         time.sleep(_PAUSE)
     assert timed is not None
-    errors = accuracy(case, partial(run, case.eager), timed) if planned.form == "ours" else None
+    eager = call_of(case, replace(planned, form="eager"))
+    errors = accuracy(case, eager, timed) if planned.form == "ours" else None
     if errors is not None and errors["error"] > errors["allowed"]:
         return replace(planned, status="error", accuracy=errors, error="the result of a timed call is wrong")
     if process is None:
@@ -129,18 +129,15 @@ def _problem(planned: Measurement, process: Process, cache: str, ceilings: Ceili
     return None
 
 
-def _form(case: Case, planned: Measurement) -> Callable[..., Output]:
+def call_of(case: Case, planned: Measurement) -> Callable[[dict[str, Tensor]], Any]:
+    """What is timed: inputs in, output or gradients out."""
+    forms = {"ours": case.ours, "eager": case.eager, "compiled": case.eager, "liger": liger(case)}
+    form = forms[planned.form]
+    assert form is not None
     if planned.form == "compiled":
         torch.compiler.reset()
-        return torch.compile(case.eager)
-    forms = {"ours": case.ours, "eager": case.eager, "liger": liger(case)}
-    chosen = forms[planned.form]
-    assert chosen is not None
-    return chosen
-
-
-def _run(case: Case, planned: Measurement) -> Callable[..., Any]:
-    return forward if planned.mode == "forward" else partial(backward, case=case)
+        form = torch.compile(form)
+    return partial(forward, form) if planned.mode == "forward" else partial(backward, form, case=case)
 
 
 def forward(form: Callable[..., Output], inputs: dict[str, Tensor]) -> Output:
@@ -193,7 +190,9 @@ def status(run: Run) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks kernels", description=__doc__)
-    parser.add_argument("--match", default="", help="regular expression on `operator [shape], mode`, peers' with `, eager` and so on")
+    parser.add_argument(
+        "--match", default="", help="regular expression on `operator [shape], mode`, peers' with `, eager` and so on"
+    )
     parser.add_argument("--procs", type=int, default=1, help="fresh processes (default 1; verdicts need 5)")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds, then the rest is skipped")
     parser.add_argument("--regime", choices=("sustained", "burst"), default="sustained", help="default %(default)s")

@@ -117,6 +117,15 @@ def test_a_measuring_process_that_dies_says_why(tmp_path: Path) -> None:
         measure([], tmp_path)
 
 
+def test_a_measuring_process_is_given_its_options_and_read(tmp_path: Path) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    content = write(run({"gelu": [1.0]}), tmp_path / "run.json").read_text()
+    check = "assert sys.argv[1:3] == ['kernels', '--dry']"
+    script = f"import pathlib, sys\npathlib.Path(sys.argv[-1]).write_text({content!r})\n{check}"
+    (tmp_path / "benchmarks/__main__.py").write_text(script)
+    assert measure(["--dry"], tmp_path).measurements[0].milliseconds == 1.0
+
+
 def test_noise_is_what_processes_of_one_code_differ_by(tmp_path: Path) -> None:
     whole, found = measure_noise(100, [], simulated(lambda *_: 1.0))
     (total, neighbours) = found["noise"]["gelu, forward"]
