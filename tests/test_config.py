@@ -237,6 +237,7 @@ def test_wrong_type_or_choice_is_refused_naming_the_key(recipe: Path, override: 
         ("run.sample_steps=0", "run.sample_steps must be at least 1, got 0"),
         ("run.sample_count=0", "run.sample_count must be at least 1, got 0"),
         ("run.draws_per_rollout=0", "run.draws_per_rollout must be at least 1, got 0"),
+        ("run.fp8_all_gather=true", "run.fp8_all_gather needs run.sharding, model.precision fp8 and no model.lora"),
         ("model.max_sequence_length=0", "max_sequence_length must be"),
     ],
 )
