@@ -143,7 +143,8 @@ class TrainConfig:
                 f"model.lora with model.precision {self.model.precision} trains bf16 adapters: optimizer.name must be "
                 f"srpo and optimizer.weights not fp32, got {self.optimizer.name} and {self.optimizer.weights}"
             )
-        if self.run.fp8_all_gather and (self.run.sharding == "none" or self.model.precision != "fp8" or self.model.lora):
+        trained_in_fp8 = self.model.precision == "fp8" and not self.model.lora
+        if self.run.fp8_all_gather and (self.run.sharding == "none" or not trained_in_fp8):
             raise ValueError("run.fp8_all_gather needs run.sharding, model.precision fp8 and no model.lora")
         if self.model.precision == "fp32" and self.optimizer.model_weights("fp32") != "fp32":
             weights = self.optimizer.weights

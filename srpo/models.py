@@ -26,7 +26,7 @@ from srpo.objective import LatentLayout
 from srpo.precision import Precision, compute_dtype
 from srpo.sharding import gathered, shard
 from srpo.text_encoders import CachedTexts
-from srpo_kernels import Float8Rollout, FluxRollout, PatchHandle, convert_to_float8, gather_float8, patch
+from srpo_kernels import Float8Rollout, FluxRollout, PatchHandle, convert_to_float8, patch
 from srpo_kernels.patching.view import view
 
 __all__ = ["Conditioning", "Flux"]
@@ -140,14 +140,9 @@ class Flux:
             self.patched = None
 
     def shard(self, mesh: DeviceMesh, *, fp8_all_gather: bool = False) -> None:
-        """Share out the transformer's parameters (see `srpo.sharding`): after patching, before an optimizer is made.
-
-        With `fp8_all_gather`, for precision "fp8", linear layers' weights are gathered in e4m3 (see `gather_float8`).
-        """
+        """Share out the transformer's parameters (see `srpo.sharding`): after patching, before an optimizer is made."""
         self._view = view(self.transformer, lambda *_: None)
-        shard(self.transformer, mesh)
-        if fp8_all_gather:
-            gather_float8(self.transformer)
+        shard(self.transformer, mesh, fp8_all_gather=fp8_all_gather)
 
     def reduce_gradients(self, last: bool, *, every: bool) -> None:
         """Before a backward: whether ranks average sharded gradients in it, as they must in an update's `last` one.

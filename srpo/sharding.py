@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from srpo_kernels import gather_float8
 from srpo_kernels.optim.sharding import local, local_rows
 
 __all__ = ["gathered", "load_whole", "mesh_of", "shard", "whole_tensors"]
@@ -27,14 +28,17 @@ def mesh_of(world: int, device: torch.device, shard_size: int | None = None) -> 
     return init_device_mesh(device.type, (world // size, size), mesh_dim_names=("replicate", "shard"))
 
 
-def shard(transformer: Any, mesh: DeviceMesh) -> None:
+def shard(transformer: Any, mesh: DeviceMesh, *, fp8_all_gather: bool = False) -> None:
     """Shard every block's parameters, and all others, over `mesh`; each is gathered when it is used, and freed again.
 
-    Gradients are averaged over all processes as they are made. Optimizers must be made afterwards.
+    Gradients are averaged over all processes as they are made. Optimizers must be made afterwards. `fp8_all_gather`:
+    weights that train in e4m3 are gathered in it (`gather_float8`).
     """
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         fully_shard(block, mesh=mesh)
     fully_shard(transformer, mesh=mesh)
+    if fp8_all_gather:
+        gather_float8(transformer)
 
 
 @contextmanager
