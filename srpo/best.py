@@ -8,7 +8,7 @@ from typing import Any
 
 from srpo.sealed import replace_file
 
-__all__ = ["BEST_NAME", "best_step", "write_best"]
+__all__ = ["BEST_NAME", "best_of", "best_step", "write_best"]
 
 BEST_NAME = "best.json"
 
@@ -26,3 +26,11 @@ def best_step(directory: Path) -> int | None:
         return int(record["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def best_of(directory: Path) -> str:
+    """What the run in `directory` names as its best checkpoint, for people."""
+    step = best_step(directory)
+    return (
+        "no best checkpoint is named (validation.best)" if step is None else f"its best checkpoint is of update {step}"
+    )

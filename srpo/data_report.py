@@ -11,7 +11,7 @@ from srpo.data import IMAGE_KEYS, read_images
 from srpo.errors import InputError
 from srpo.prompts import FileReport, scan_prompts
 from srpo.records import FORMATS, read_rows
-from srpo.sources import control_schedule, read_sources
+from srpo.sources import control_schedule, read_sources, read_validation
 from srpo.tokens import TokenLimits
 
 __all__ = ["data_report"]
@@ -35,6 +35,7 @@ def data_report(source: str, overrides: Sequence[str] = (), model: str | None = 
         words = control_schedule(config).words()
         limits, note = _limits(config.model.path, config.model.max_sequence_length, words)
         _, images, reports = read_sources(config, limits)
+        reports += read_validation(config, limits)[1]
         bad = images.bad_images() if images else []
     lines = [report.summary() for report in reports]
     lines += ["images that cannot be used:", *(f"  {image}" for image in bad)] if bad else []

@@ -19,7 +19,7 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
-from srpo import report
+from srpo import page, report
 from srpo.assets import TINY, resolve_asset
 from srpo.checkpoint import Checkpoints
 from srpo.config import TrainConfig, load_config
@@ -106,11 +106,11 @@ def run_demo(out: Path, control: str) -> int:
         "srpo": asdict(first.config.srpo),
     }
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    page = _write_report(out, control, runs, base_images, rows, checks)
+    written = _write_report(out, control, runs, base_images, rows, checks)
     _print_table([_header(control), *rows])
     for claim, holds in checks.items():
         print(f"[{'ok' if holds else 'FAILED'}] {claim}")
-    say(f"done; pictures and curves: {page}")
+    say(f"done; pictures and curves: {written}")
     return 0 if all(checks.values()) else 1
 
 
@@ -262,19 +262,22 @@ def _write_report(
     for run, panel in zip(runs, (high, low), strict=True):
         panels([middle, panel], 10).save(out / f"{run.word}.png")
     listed = [[claim, "yes" if holds else "NO"] for claim, holds in checks.items()]
-    pictures = report.picture(overview, "Plain captions, digit zero to nine; the same noise in all three.")
+    pictures = page.picture(overview, "Plain captions, digit zero to nine; the same noise in all three.")
     plots = {control: "standard deviations", "accuracy": "of the class", "diversity": "", _unrelated(control): "SD"}
     steered = [
-        report.curves(f"{key} {unit}", "update", {run.word: _points(run.curve, key) for run in runs})
+        page.curves(f"{key} {unit}", "update", {run.word: _points(run.curve, key) for run in runs})
         for key, unit in plots.items()
     ]
     sections = [
-        report.section("Before and after", pictures),
-        report.section("Measured, not by the reward", report.table(_header(control), rows), *steered),
-        report.section("Checks", report.table(["claim", "holds"], listed)),
+        page.section("Before and after", pictures),
+        page.section("Measured, not by the reward", page.table(_header(control), rows), page.side_by_side(steered)),
+        page.section("Checks", page.table(["claim", "holds"], listed)),
         *(
-            report.section(f"Training towards {run.word}", *report.training_curves(read_log(Path(run.config.run.dir))))
+            page.section(
+                f"Training towards {run.word}",
+                page.side_by_side(report.training_curves(read_log(Path(run.config.run.dir)))),
+            )
             for run in runs
         ),
     ]
-    return report.write_page(out / "report.html", f"SRPO steers {control}", sections)
+    return page.write_page(out / "report.html", f"SRPO steers {control}", sections)

@@ -15,11 +15,12 @@ from srpo.config import TrainConfig
 from srpo.controls import ControlSchedule
 from srpo.data import CaptionedImage, ImageSet, order, read_images
 from srpo.latent_cache import LatentCache
+from srpo.model_directory import check_model_directory
 from srpo.precision import compute_dtype
 from srpo.prompts import FileReport, Prompt, scan_prompts
 from srpo.tokens import TokenLimits
 
-__all__ = ["Sources", "control_schedule", "read_sources"]
+__all__ = ["Sources", "control_schedule", "read_sources", "read_validation"]
 
 
 def control_schedule(config: TrainConfig) -> ControlSchedule:
@@ -58,6 +59,17 @@ def read_sources(
     return prompts, images, reports
 
 
+def read_validation(config: TrainConfig, limits: TokenLimits | None) -> tuple[list[Prompt], list[FileReport]]:
+    """The usable prompts of ``validation.prompts``, and a report on it; nothing where there is none.
+
+    Raises `InputError` when the file cannot be read at all.
+    """
+    if config.validation.prompts is None:
+        return [], []
+    prompts, report = scan_prompts(config.validation.prompts, measure=limits.measure if limits else None)
+    return prompts, [report]
+
+
 class Sources:
     """The data of a run. What is drawn is a pure function of the seed and of a position.
 
@@ -80,6 +92,10 @@ class Sources:
             )
         limits = TokenLimits(model, config.model.max_sequence_length, self.controls.words())
         self.prompts, self.images, self.reports = read_sources(config, limits, self.latents)
+        self.validation, reports = read_validation(config, limits)
+        self.reports += reports
+        for size in config.validation.sizes:
+            check_model_directory(model, size, text=False)
         for report in self.reports:
             report.check()
         self._weights = tuple(prompt.weight for prompt in self.prompts)
@@ -107,14 +123,16 @@ class Sources:
             self.images.reject(image, reason)
 
     def texts(self) -> list[str]:
-        """Every text that a prompt or an image has, each once: those of prompts first."""
-        images = self.images.images if self.images else []
-        return list(dict.fromkeys(prompt.text for prompt in (*self.prompts, *(image.prompt for image in images))))
+        """Every text that a prompt, an image or validation has, each once: those of prompts first."""
+        images = [image.prompt for image in self.images.images] if self.images else []
+        return list(dict.fromkeys(prompt.text for prompt in (*self.prompts, *images, *self.validation)))
 
-    def sample_prompts(self, count: int) -> list[str]:
-        """Texts of a grid of samples."""
+    def sample_prompts(self) -> list[str]:
+        """Texts of a grid of samples: those of validation, or the first of the run's."""
+        if self.validation:
+            return [prompt.text for prompt in self.validation]
         texts = [prompt.text for prompt in self.prompts] or self.texts()
-        return [texts[index % len(texts)] for index in range(count)]
+        return [texts[index % len(texts)] for index in range(self._config.run.sample_count)]
 
     def at(self, positions: range, coin: torch.Generator) -> tuple[list[Prompt], list[CaptionedImage]]:
         """Prompts at `positions` of the run, and their images: none when those are a rollout's.

@@ -133,7 +133,7 @@ def test_limits_and_the_worst_prompt() -> None:
     assert found(held_out=(0.7, 2.3), clipped=(0.05, 0.14), lab_a=(3.0, 3.0)) == []
     assert found(held_out=(9.0, 9.0), clipped=(0.0, 0.0)) == []  # the way that does no harm
     (told,) = found(held_out=(0.9, 2.0))
-    assert "held_out (held-out reward, score) went from 2 to 1.45, more than 25 % away" in told
+    assert "held_out (held-out reward, score) went from 2 to 1.45, more than 25% away" in told
     assert "worst for 'b', 3 to 2" in told
     assert ["lab_a" in told for told in found(lab_a=(-2.0, -2.0))] == [True]
     assert ["clipped@64x64" in told for told in found(clipped_at_64x64=(0.3, 0.3))] == [True]

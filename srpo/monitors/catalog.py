@@ -36,7 +36,7 @@ class Limit:
         return self.amount * abs(start) if self.relative else self.amount
 
     def __str__(self) -> str:
-        return f"{self.amount:.4g}" if not self.relative else f"{100 * self.amount:.4g} %"
+        return f"{self.amount:g}" if not self.relative else f"{100 * self.amount:g}%"
 
 
 @dataclass(frozen=True)

@@ -64,11 +64,12 @@ class Looker:
             latents = torch.stack([rows[row].latents for row in self._drifted]) if start is None else start.latents
             moved = self._together(self._velocities(latents))
         velocities = torch.stack([moved[number] for number in range(len(latents))])
-        measured = self._drift(velocities, velocities if start is None else start.velocities)
+        measured: dict[str, dict[str, float]] = {}
         for size, images in seen.items():
             at = "" if size == self._sizes[0] else f"@{size[0]}x{size[1]}"
             found = mean_by_prompt({row: one.values for row, one in images.items()}, self._prompts)
             measured |= {f"{name}{at}": values for name, values in (found | self._diversity(images)).items()}
+        measured |= self._drift(velocities, velocities if start is None else start.velocities)
         pixels = {
             f"{size[0]}x{size[1]}": torch.stack([images[row].pixels for row in range(len(images))])
             for size, images in seen.items()
