@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from plan_helpers import each_size_once  # noqa: F401
 from test_patching_vae import kept_by_decoder
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,24 +39,6 @@ from srpo_kernels.checkpointing import flux_policy
 PARAMETERS = 11_901_408_320
 GB = 1e9
 RECIPES = sorted(path.stem for path in (Path(__file__).parent.parent / "srpo/recipes").glob("*.yaml"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _each_size_once() -> Iterator[None]:
-    """Models are built once for all plans of them."""
-    build, known = Sizes.of, {}
-
-    def of(config: TrainConfig) -> Sizes:
-        objective, model = config.srpo, config.model
-        shape = (objective.height, objective.width, model.max_sequence_length, model.path, model.text_cache is None)
-        key = (*shape, config.reward, objective.form, config.validation.held_out, config.validation.alignment)
-        if key not in known:
-            known[key] = build(config)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Sizes, "of", of)
-        yield
 
 
 def sizes(side: int = 720, recipe: str = "flux-dev-hps", *overrides: str) -> Sizes:
