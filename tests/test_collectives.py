@@ -13,6 +13,7 @@ from srpo.config import load_config
 from srpo.distributed import Ranks
 from srpo.errors import InputError
 from srpo.hardware import parse_gpu
+from srpo.plan import make_plan
 from srpo.plan.collectives import Collective, count_collectives, pretended_ranks
 from srpo.plan.setting import Setting, Sharding
 from srpo.plan.sizes import Sizes
@@ -66,6 +67,16 @@ def check_sharded(of: Setting) -> None:
 def test_bytes_of_sharded_ranks_are_those_of_their_parameters(sharding: Sharding, reduce: str) -> None:
     many = ("srpo.batch_size=128", "run.micro_batch=1", "run.draws_per_rollout=2", f"run.reduce={reduce}")
     check_sharded(setting("tiny", sharding, *many))
+
+
+def test_plan_shows_them_and_adapters_reduce_little() -> None:
+    config = load_config("tiny", ["run.sharding=fsdp", "run.micro_batch=1", "model.lora.rank=2"])
+    made = make_plan("tiny", config, parse_gpu("H20"), 4, collectives=True)
+    gathered, scattered = made.collectives or []
+    assert 0 < scattered.bytes < gathered.bytes / 100
+    lines = str(made).partition("exchanged in an update")[2].splitlines()
+    assert [line.split()[:3] for line in lines[2:4]] == [[c.kind, "4", str(c.calls)] for c in made.collectives or []]
+    assert made.as_dict()["collectives"][1]["bytes"] == scattered.bytes
 
 
 def test_flux_wide_ranks() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from srpo.config import TrainConfig
 from srpo.hardware import Gpu
 from srpo.plan.changes import Advice, advise
+from srpo.plan.collectives import Collective, count_collectives
 from srpo.plan.measured import Comparison, compare
 from srpo.plan.memory import PHASES, Memory, memory
 from srpo.plan.report import text
@@ -21,7 +22,7 @@ from srpo.plan.setting import Setting, Sharding
 from srpo.plan.sizes import Sizes
 from srpo.plan.timing import Efficiencies, Phase, phases
 
-__all__ = ["Efficiencies", "Plan", "make_plan"]
+__all__ = ["Collective", "Efficiencies", "Plan", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Plan:
     efficiencies: Efficiencies
     advice: Advice | None  # where it does not fit
     comparisons: list[Comparison]
+    collectives: list[Collective] | None = None  # counted, where that was asked for
 
     @property
     def seconds(self) -> float:
@@ -73,6 +75,7 @@ class Plan:
             "seconds": self.seconds,
             "efficiencies": dataclasses.asdict(self.efficiencies),
             "measured": [dataclasses.asdict(row) for row in self.comparisons],
+            "collectives": self.collectives and [dataclasses.asdict(each) for each in self.collectives],
         }
 
 
@@ -85,12 +88,13 @@ def make_plan(
     sharding: Sharding | None = None,
     efficiencies: Efficiencies | None = None,
     results: Path | None = None,
+    collectives: bool = False,
 ) -> Plan:
     """The plan of `config`, called `recipe`, on `count` GPUs.
 
     Args:
         sharding: default the recipe's. efficiencies: parts of the GPU's ceilings to reckon with.
-        results: folder of measurements to compare with.
+        results: folder of measurements to compare with. collectives: count what ranks exchange, in about a minute.
 
     Raises:
         InputError: the batch cannot be dealt out, a file that is there cannot be used, or sizes do not fit the model.
@@ -107,4 +111,5 @@ def make_plan(
         efficiencies=got,
         advice=None if needed.fits else advise(setting),
         comparisons=compare(setting, got, results) if results else [],
+        collectives=count_collectives(setting) if collectives else None,
     )

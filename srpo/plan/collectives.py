@@ -12,11 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from srpo.distributed import Ranks
 from srpo.errors import InputError
+from srpo.lora import add_adapters
 from srpo.models import Conditioning, Flux
 from srpo.optimizer import set_gradient_dtype
 from srpo.plan.memory import memory
@@ -87,7 +88,7 @@ def _update(setting: Setting) -> Iterator[tuple[_Recorder, int]]:
         warnings.simplefilter("ignore")  # of addresses that empty tensors lack, and blocks that return views
         flux = _flux(setting)
         if mesh is not None:
-            flux.shard(mesh)
+            flux.shard(mesh, fp8_all_gather=setting.config.run.fp8_all_gather)
         flux_policy(
             flux.transformer,
             policy,
@@ -95,9 +96,15 @@ def _update(setting: Setting) -> Iterator[tuple[_Recorder, int]]:
             tokens=setting.sizes.tokens,
             dtype=torch.bfloat16 if setting.item == 2 else torch.float32,
         )
-        with _Recorder() as rollout, torch.no_grad(), flux.whole():
-            pass  # the forwards of a rollout exchange nothing
-        yield rollout, setting.batches if setting.offline < 1 else 0
+        rollouts = setting.batches if setting.offline < 1 else 0
+        with _Recorder() as rollout, torch.no_grad():
+            if setting.gathers_whole:
+                with flux.whole():
+                    pass  # the forwards of a rollout exchange nothing then
+            elif mesh is not None:
+                _velocity(flux, setting)
+                rollouts *= setting.config.srpo.rollout_steps
+        yield rollout, rollouts
         for last in (False, True):
             with _Recorder() as draw:
                 flux.reduce_gradients(last, every=setting.config.run.reduce == "backward")
@@ -105,7 +112,7 @@ def _update(setting: Setting) -> Iterator[tuple[_Recorder, int]]:
             yield draw, 1 if last else setting.draws - 1
         if mesh is None:
             with _Recorder() as average:
-                gradients = (parameter.grad for parameter in flux.transformer.parameters())
+                gradients = (parameter.grad for parameter in flux.trainable().values())
                 Ranks(0, setting.count, device).average(gradient for gradient in gradients if gradient is not None)
             yield average, 1
 
@@ -113,18 +120,26 @@ def _update(setting: Setting) -> Iterator[tuple[_Recorder, int]]:
 def _flux(setting: Setting) -> Flux:
     """The recipe's model, as the trainer has it before it is sharded."""
     config = setting.config
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32 if setting.weight_item == 4 else torch.bfloat16)
-    try:
+    with unset_fake_temporarily(), torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(setting.sizes.transformer.config)
-    finally:
-        torch.set_default_dtype(default)
+        transformer.to(torch.float32 if setting.weight_item == 4 else torch.bfloat16)
+        if config.model.lora is not None:
+            add_adapters(transformer, config.model.lora, config.run.seed, float8=config.model.precision == "fp8")
+    for module in transformer.modules():
+        for held in (module._parameters, module._buffers):
+            held.update({name: _emptied(tensor) for name, tensor in held.items() if tensor is not None})
     absent: dict[str, Any] = dict.fromkeys(("scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     pipeline = FluxPipeline(transformer=transformer, vae=setting.sizes.vae, **absent)
     flux = Flux(pipeline, precision=config.model.precision, max_sequence_length=config.model.max_sequence_length)
     flux.patch(config.model.kernels)
-    set_gradient_dtype(config.optimizer, transformer.parameters(), setting.draws)
+    set_gradient_dtype(config.optimizer, flux.trainable().values(), setting.draws)
     return flux
+
+
+def _emptied(tensor: torch.Tensor) -> torch.Tensor:
+    """As large, where the model computes, without data."""
+    empty = torch.empty_like(tensor, device="cpu")
+    return torch.nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else empty
 
 
 def _velocity(flux: Flux, setting: Setting) -> torch.Tensor:

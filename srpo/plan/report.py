@@ -63,6 +63,13 @@ def _lines(plan: Plan) -> Iterator[str]:
     ]
     yield from _table([], given, left=(0, 2))
 
+    if plan.collectives is not None:
+        yield from ("", "exchanged in an update, counted among pretended ranks")
+        shown = [
+            [each.kind, str(each.ranks), str(each.calls), _gb(each.bytes), _gb(each.sent)] for each in plan.collectives
+        ]
+        yield from _table(["", "ranks", "calls", "GB", "GB sent by each"], shown)
+
     if plan.comparisons:
         yield from ("", "measured before, in benchmarks/results")
         shown = [
