@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Models this small run fastest on one thread, many times so when the other core is busy.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup extension demo test lint readme gpu docs clean
+.PHONY: setup extension demo test lint readme gpu gpu-dry docs tables clean
 
 setup: $(VENV)/installed
 
@@ -27,17 +27,24 @@ test: setup lint  ## the whole suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # long files are not the largest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/ops  # the same tests on the kernels themselves
 
-gpu:  ## test and time every operator on this machine's GPU, with the active Python, into benchmarks/results
-	$(PYTHON) -m benchmarks.gpu
+# The extension is built first where there is an nvcc: the profile itself writes only its results.
+gpu:  ## test and time everything on this machine's GPU in under ten minutes, with the active Python; PARTS=ops,vae
+	-$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m benchmarks gpu $(if $(PARTS),--parts $(PARTS))
+
+gpu-dry: setup  ## every line of it, on tiny shapes and no GPU
+	$(BIN)/python -m benchmarks gpu --dry --out runs/gpu-dry $(if $(PARTS),--parts $(PARTS))
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: setup  ## write docs/ops.md from the registry, and the tables of docs from benchmarks/results
+docs: setup tables  ## write docs/ops.md from the registry, and all tables
 	$(BIN)/python docs/ops.py
-	$(BIN)/python docs/tables.py
+
+tables: setup  ## write the tables of README and docs from benchmarks/results
+	$(BIN)/python -m docs.tables
 
 readme: setup  ## measure the demo again and put its table and picture into the README
 	rm -rf runs/readme

@@ -1,7 +1,7 @@
 """``python -m benchmarks history``: runs kept one file each, never rewritten, in a folder such as a data branch's.
 
-history add DIR RUN        compare with the baseline, keep it; exit status of the comparison
-history confirmed DIR      what was slower in both of the newest two scheduled runs of a device; 1 if anything was
+history add DIR RUN...     compare with the baseline and keep it; exit status of the comparison
+history confirmed DIR      what the last two scheduled runs of a device and tier both call slower; 1 if anything
 history log DIR            medians, a run a line
 history export DIR         the same as CSV, a measurement a line
 """
@@ -16,9 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.compare import compare
+from benchmarks.fresh import merged
 from benchmarks.noise import read_noise
 from benchmarks.report.summary import short, summary, time
-from benchmarks.schema import Measurement, Process, ResultError, Run, read, write
+from benchmarks.schema import SOURCES, Measurement, Process, ResultError, Run, read, write
 from benchmarks.verdict import Verdict, exit_status, refusal
 
 __all__ = ["add", "baseline", "confirmed", "place", "runs"]
@@ -39,11 +40,13 @@ def place(folder: Path, run: Run) -> Path:
 
 
 def baseline(kept: Sequence[Run], new: Run) -> Run | None:
-    """The last five eligible runs of the same device and software as one: a process a run, once there are five.
+    """The last five eligible runs of the same tier, device and software as one: a process a run, once there are five.
 
     Fewer give all their processes. None if there is none.
     """
-    last = [run for run in kept if run.eligible and refusal(run, new) is None][-_BASELINE_RUNS:]
+    last = [run for run in kept if run.eligible and run.tier == new.tier and refusal(run, new) is None][
+        -_BASELINE_RUNS:
+    ]
     if not last:
         return None
     return replace(last[-1], measurements=[_pooled(m, last) for m in last[-1].measurements])
@@ -75,15 +78,18 @@ def add(folder: Path, run: Run, noise: Path | None = None) -> tuple[Path, str, i
 
 
 def confirmed(kept: Sequence[Run]) -> list[str]:
-    """What the newest two scheduled runs both call slower."""
-    newest = [run for run in kept if run.source == "scheduled" and run.regressions is not None][-2:]
-    if len(newest) < 2:
-        return []
-    return [name for name in newest[1].regressions or [] if name in (newest[0].regressions or [])]
+    """What the newest two scheduled runs of a tier both call slower."""
+    found = []
+    for tier in dict.fromkeys(run.tier for run in kept):
+        scheduled = [run for run in kept if (run.tier, run.source) == (tier, "scheduled")]
+        slower = [run.regressions or [] for run in scheduled[-2:]]
+        found += [name for name in slower[-1] if name in slower[0]] if len(slower) == 2 else []
+    return found
 
 
 def _add(options: argparse.Namespace) -> int:
-    path, said, status = add(options.folder, read(options.run), options.noise)
+    run = replace(merged([read(path) for path in options.run]), source=options.source)
+    path, said, status = add(options.folder, run, options.noise)
     print(f"{said}\nkept: {path}")
     return status
 
@@ -127,7 +133,10 @@ def main(arguments: Sequence[str]) -> int:
         command.add_argument("folder", type=Path, metavar="DIR")
         command.set_defaults(action=action)
         if name == "add":
-            command.add_argument("run", type=Path, metavar="RUN")
+            command.add_argument(
+                "run", type=Path, nargs="+", metavar="RUN", help="several: fresh processes of one code"
+            )
+            command.add_argument("--source", choices=SOURCES, default="local", help="only `scheduled` makes baselines")
             command.add_argument("--noise", type=Path, help="default benchmarks/noise/DEVICE.json")
         if name == "log":
             command.add_argument("--match", default="", help="only measurements whose name has this in it")

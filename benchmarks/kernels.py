@@ -176,10 +176,10 @@ def _version() -> str:
     return timing.source_hash(timing.__file__, __file__)
 
 
-def new_run(tier: str, ceilings: Ceilings, source: Any = "local") -> Run:
+def new_run(tier: str, ceilings: Ceilings) -> Run:
     """A run of this machine and checkout, nothing measured yet."""
     about: dict[str, Any] = dict(git=environment.git(), software=environment.software(), device=environment.device())
-    made: dict[str, Any] = dict(schema=SCHEMA, run_id=uuid.uuid4().hex[:12], created=now(), tier=tier, source=source)
+    made: dict[str, Any] = dict(schema=SCHEMA, run_id=uuid.uuid4().hex[:12], created=now(), tier=tier)
     return Run(ceilings=ceilings, **made, **about)
 
 
@@ -198,7 +198,6 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--regime", choices=("sustained", "burst"), default="sustained", help="default %(default)s")
     parser.add_argument("--energy", action="store_true", help="joules an iteration, at least 2 s more each")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU, whatever GPU there is")
-    parser.add_argument("--source", choices=("local", "pull-request", "scheduled"), default="local")
     parser.add_argument("--out", type=Path, help="result file; default benchmarks/results/DEVICE/kernels-ID.json")
     options = parser.parse_args(arguments)
     if options.procs < 1:
@@ -219,5 +218,5 @@ def _one(options: argparse.Namespace) -> Run:
     if not timed:
         environment.rehearse()
     ceilings = timing.ceilings()
-    run = new_run("kernels", ceilings, options.source)
+    run = new_run("kernels", ceilings)
     return replace(run, measurements=list(measurements(plan, ceilings)))

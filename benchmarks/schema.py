@@ -13,7 +13,19 @@ from typing import Any, Literal
 
 from benchmarks.stats import quantile
 
-__all__ = ["Ceilings", "Device", "Git", "Measurement", "Process", "ResultError", "Run", "Software", "read", "write"]
+__all__ = [
+    "SOURCES",
+    "Ceilings",
+    "Device",
+    "Git",
+    "Measurement",
+    "Process",
+    "ResultError",
+    "Run",
+    "Software",
+    "read",
+    "write",
+]
 
 SCHEMA = 1
 
@@ -95,6 +107,8 @@ class Process:
 
 
 Status = Literal["ok", "error", "skipped", "contaminated"]
+Source = Literal["scheduled", "pull-request", "local"]
+SOURCES: tuple[str, ...] = typing.get_args(Source)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +163,7 @@ class Run:
     git: Git
     software: Software
     device: Device
-    source: Literal["scheduled", "pull-request", "local"] = "local"
+    source: Source = "local"
     pair: str | None = None  # shared with the run whose processes took turns with this one's
     regressions: list[str] | None = None  # what was slower than the baseline; null before it is compared
     ceilings: Ceilings = field(default_factory=Ceilings)

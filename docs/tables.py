@@ -1,4 +1,4 @@
-"""Write the tables of docs/*.md from result files: ``python docs/tables.py``.
+"""Write the tables of README.md and docs/*.md from result files: ``python -m docs.tables``.
 
 A page holds ``<!-- table NAME -->``, the table, and ``<!-- end -->``.
 """
@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+from benchmarks.report.tables import TABLES as GPU_TABLES
+from benchmarks.report.tables import newest, rendered
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -82,7 +85,7 @@ def optimizer_accuracy(rows: list[dict[str, Any]]) -> str:
     return markdown(["", "", *(f"{count} steps" for count in steps)], lines)
 
 
-#: By name: the result file and what renders it.
+#: By name: the result file and what renders it. Tables of GPU runs are in `benchmarks.report.tables`.
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "precision": ("cpu/precision.json", precision),
     "training": ("cpu/precision.json", training),
@@ -96,6 +99,8 @@ def filled(page: str) -> str:
     """`page` with every marked table made anew."""
 
     def table(match: re.Match[str]) -> str:
+        if match[2] in GPU_TABLES:
+            return match[1] + rendered(match[2], newest(RESULTS)) + match[3]
         file, render = TABLES[match[2]]
         return match[1] + render(json.loads((RESULTS / file).read_text(encoding="utf-8"))) + match[3]
 
@@ -103,5 +108,5 @@ def filled(page: str) -> str:
 
 
 if __name__ == "__main__":
-    for path in sorted((ROOT / "docs").glob("*.md")):
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")

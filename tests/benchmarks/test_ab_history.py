@@ -158,7 +158,7 @@ def test_history_keeps_compares_and_finds_what_two_nights_confirm(
     statuses = []
     for index, value in enumerate([1.0] * 6 + [1.1, 1.1]):
         file = write(night(index, value), tmp_path / "new.json")
-        statuses.append(main(["history", "add", str(tmp_path), str(file)]))
+        statuses.append(main(["history", "add", "--source", "scheduled", str(tmp_path), str(file)]))
         if index == 6:
             assert main(["history", "confirmed", str(tmp_path)]) == 0
     assert statuses == [0] * 6 + [1, 1]  # the slow one did not become the baseline
@@ -172,6 +172,23 @@ def test_history_keeps_compares_and_finds_what_two_nights_confirm(
     assert lines[1].startswith(f'2026-11-01T03:00:00Z,{"a" * 40},NVIDIA H200,2.15,"gelu, forward",ok,')
     assert main(["history", "log", str(tmp_path), "--match", "gelu"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 8
+
+
+def test_tiers_confirm_their_own_regressions_only() -> None:
+    name = "gelu, forward"
+    kernels = [night(index, regressions=slower) for index, slower in enumerate(([name], []))]
+    steps = [replace(each, tier="step", regressions=[name]) for each in kernels]
+    assert history.confirmed([kernels[0], steps[0], kernels[1]]) == []
+    assert history.confirmed([kernels[0], steps[0], kernels[1], steps[1]]) == [name]
+    assert history.confirmed([replace(each, source="local") for each in steps]) == []
+
+
+def test_fresh_processes_are_kept_as_one_run_which_is_local_unless_said(tmp_path: Path) -> None:
+    files = [str(write(night(index), tmp_path / f"{index}.json")) for index in range(2)]
+    assert main(["history", "add", str(tmp_path), *files]) == 0
+    (kept,) = history.runs(tmp_path)
+    assert len(kept.measurements[0].processes) == 10
+    assert (kept.source, kept.eligible) == ("local", False)
 
 
 def test_history_files_are_never_rewritten(tmp_path: Path) -> None:
@@ -215,6 +232,7 @@ def test_baseline_is_the_last_five_nights_on_the_same_gpu_and_software() -> None
     few = history.baseline(kept[:2], night(8))
     assert few is not None
     assert len(few.measurements[0].processes) == 10
+    assert history.baseline([replace(each, tier="step") for each in kept], night(8)) is None
     renewed = replace(kept[-1].measurements[0], recipe="other shapes")
     changed = history.baseline([*kept[:-1], replace(kept[-1], measurements=[renewed])], night(8))
     assert changed is not None

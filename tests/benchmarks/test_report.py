@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from simulated import measurement, run
+from simulated import measurement, process, run
 
 from benchmarks.__main__ import main
 from benchmarks.compare import compare
@@ -18,7 +18,8 @@ from benchmarks.report.page import page
 from benchmarks.report.quick import quick_table
 from benchmarks.report.summary import summary, time
 from benchmarks.report.svg import Axis
-from benchmarks.schema import Ceilings, Run, write
+from benchmarks.report.tables import newest, rendered
+from benchmarks.schema import Ceilings, Device, Run, write
 
 _CEILINGS = Ceilings(copy_gb_s=4000.0, memory_gb_s=4800.0, matmul_tflop_s=800.0)
 
@@ -70,6 +71,34 @@ def test_quick_table_holds_ours_against_peers_and_the_copy() -> None:
 
 
 _VOID = {"meta", "rect", "line", "polyline", "polygon"}
+
+
+def test_tables_of_the_newest_clean_run_of_every_gpu(tmp_path: Path) -> None:
+    sizes = [measurement([value], f"gelu [{value}]", bytes=value * 1e9, form=form, part="ops")
+             for value in (1.0, 2.0) for form in ("ours", "eager")]  # fmt: skip
+    sizes[1] = replace(sizes[1], processes=[process(3.0)])
+    sizes[3] = replace(sizes[3], processes=[process(9.0)])
+    step = [measurement([t], "step", mode=mode, form=form, part="step")
+            for form, t in (("ours", 40.0), ("official", 90.0)) for mode in ("step", "rollout")]  # fmt: skip
+    good = run([*sizes, *step], tier="gpu", ceilings=_CEILINGS)
+    older = replace(good, created="2026-11-01T00:00:00Z", git=replace(good.git, sha="c" * 40))
+    changed = replace(good, created="2026-11-30T00:00:00Z", git=replace(good.git, dirty=True, sha="d" * 40))
+    for index, each in enumerate((good, older, changed, replace(older, tier="kernels"))):
+        write(each, tmp_path / each.device.slug / f"{index}.json")
+    write(replace(good, device=Device(name="cpu")), tmp_path / "cpu/0.json")
+    runs = newest(tmp_path)
+    assert runs == [good]
+    lines = rendered("gpu_operators", runs).splitlines()
+    assert lines[0] == "NVIDIA H200, `aaaaaaaaaaaa`, 2026-11-21, torch 2.15:"
+    assert lines[4:] == ["| gelu [2.0] | forward | 2 ms | 4.50 x |  |  | 25% |"]  # the largest shape
+    assert rendered("gpu_step", runs).splitlines()[2:] == [
+        "| phase | ours | official |",
+        "| --- | --- | --- |",
+        "| step | 40 ms | 90 ms |",
+        "| rollout | 40 ms | 90 ms |",
+    ]
+    for name in ("gpu_models", "gpu_optimizers"):
+        assert rendered(name, runs).startswith("Not measured yet")
 
 
 class _Checker(HTMLParser):
