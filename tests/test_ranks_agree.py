@@ -21,12 +21,14 @@ from srpo.trainer import Trainer
 from srpo.update import Seconds
 
 BASE = ("srpo.batch_size=8", "run.micro_batch=1", "run.draws_per_rollout=2", "srpo.noise=independent")
+LORA = ("model.lora.rank=2", "model.lora.targets=all")
 VARIANTS = (
     (),
     ("run.sharding=fsdp",),
     ("run.sharding=fsdp", "run.reduce=update"),
     ("run.sharding=fsdp", "run.rollout_gather=blocks"),
     ("run.sharding=hsdp", "run.shard_size=1"),
+    (*LORA, "run.sharding=fsdp"),
 )
 
 
@@ -37,6 +39,9 @@ def gradients(directory: Path, *overrides: str) -> dict[str, Tensor]:
     def double(*args: Any, **kwargs: Any) -> Flux:
         flux = load(*args, **kwargs)
         flux.transformer.double()
+        for name, parameter in flux.trainable().items():
+            if ".lora_B." in name:  # zero, below which the gradient of A is
+                torch.nn.init.normal_(parameter.detach(), std=0.1, generator=torch.Generator().manual_seed(0))
         return flux
 
     # The optimizer and its gradients are of fp32.
@@ -49,7 +54,8 @@ def gradients(directory: Path, *overrides: str) -> dict[str, Tensor]:
 
 
 def test_two_ranks_have_the_gradient_of_one(tmp_path: Path) -> None:
-    save_file(gradients(tmp_path / "one"), tmp_path / "one.safetensors")
+    for name, variant in (("whole", ()), ("lora", LORA)):
+        save_file(gradients(tmp_path / name, *variant), tmp_path / f"{name}.safetensors")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
     done = subprocess.run([*launch, tmp_path], env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -59,8 +65,8 @@ def test_two_ranks_have_the_gradient_of_one(tmp_path: Path) -> None:
 
 def compare(directory: Path) -> None:
     """What each of the two ranks does."""
-    wanted = load_file(directory / "one.safetensors")
     for number, variant in enumerate(VARIANTS):
+        wanted = load_file(directory / f"{'lora' if {*LORA} <= {*variant} else 'whole'}.safetensors")
         found = gradients(directory / str(number), *variant)
         assert torch.distributed.get_world_size() == 2
         assert found.keys() == wanted.keys()
