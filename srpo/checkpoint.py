@@ -12,18 +12,26 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from srpo.best import best_step
+from srpo.distributed import ALONE, Ranks
 from srpo.errors import InputError
+from srpo.state_files import is_state, read_whole, stored, write_tensors, writer_of
 
-__all__ = ["Checkpoints", "SaveError", "load_optimizer_tensors", "load_weights", "optimizer_tensors"]
+__all__ = ["Checkpoints", "SaveError", "load_weights"]
 
-_COMMIT = "COMMIT"
+_COMMIT, _STATE = "COMMIT", "state.json"
+#: Begins the names of what is being written or deleted.
+_UNFINISHED = ".step-"
+
+Fingerprint = dict[str, int | str]
 
 
 class SaveError(RuntimeError):
@@ -32,44 +40,85 @@ class SaveError(RuntimeError):
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of a run directory, `keep` of them."""
+    """The checkpoints of a run directory: its newest `keep`, its best, and those of every `keep_every`-th update.
+
+    `ranks` save together, on a filesystem that all of them see.
+    """
 
     directory: Path
     keep: int
+    keep_every: int | None = None
+    ranks: Ranks = ALONE
 
     def path(self, step: int) -> Path:
         return self.directory / f"step-{step:06d}"
 
-    def save(self, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], config: str) -> Path:
-        """Publish the state after `step` updates, then delete all but the newest `keep`.
+    def save(self, step: int, tensors: Mapping[str, Tensor], config: str) -> Path:
+        """Publish the state after `step` updates, then delete what need not be kept. See `srpo.state_files` for names.
 
-        Raises `SaveError` (disk full, say) and leaves the older checkpoints as they were.
+        Raises `SaveError` (disk full, say) on all ranks and leaves the older checkpoints as they were.
         """
-        final, temporary = self.path(step), self.directory / f".step-{step:06d}.tmp"
+        temporary = self.directory / f"{_UNFINISHED}{step:06d}.tmp"
+        together, state = self.ranks.together, json.dumps({"step": step, "config": config})
         try:
-            _require_space(self.directory, model, optimizer)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            save_file(model, temporary / "transformer.safetensors")
-            save_file(optimizer, temporary / "optimizer.safetensors")
-            (temporary / "state.json").write_text(json.dumps({"step": step, "config": config}))
-            files = {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())}
-            (temporary / _COMMIT).write_text(json.dumps(files, indent=1))
-            for file in (*temporary.iterdir(), temporary):
-                _sync(file)
-            shutil.rmtree(final, ignore_errors=True)  # only ever a damaged one: `latest` would have found it otherwise
-            temporary.rename(final)
-            _sync(self.directory)
+            together(partial(self._prepare, temporary, tensors.values(), state), main=True)
+            together(partial(write_tensors, temporary, tensors, self.ranks))
+            written = together(partial(_synced, temporary, self.ranks.rank))
+            listed = {name: entry for files in written for name, entry in files.items()}
+            together(partial(self._publish, step, temporary, listed), main=True)
         except Exception as error:  # safetensors raises its own type for I/O errors
-            shutil.rmtree(temporary, ignore_errors=True)
+            if self.ranks.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
             older = self.steps()
             left = f"the checkpoint of step {older[-1]} is untouched" if older else "there is no earlier checkpoint"
             raise SaveError(f"checkpoint of step {step} could not be saved ({error}); {left}") from error
+        if self.ranks.is_main:
+            self._prune(step)
+        return self.path(step)
+
+    def _prepare(self, temporary: Path, tensors: Iterable[Tensor], state: str) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)  # of sharded ones in all
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise OSError(f"disk full: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free in {self.directory}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        (temporary / _STATE).write_text(state)
+
+    def _publish(self, step: int, temporary: Path, listed: dict[str, Fingerprint]) -> None:
+        hidden = next((name for name in listed if not (temporary / name).is_file()), None)
+        if hidden is not None:
+            raise OSError(f"{hidden} of another rank is not in {temporary}: run.dir must be where all ranks see it")
+        (temporary / _COMMIT).write_text(json.dumps(listed, indent=1))
+        _sync(temporary / _COMMIT)
+        _sync(temporary)
+        self._delete(step)  # only ever a damaged one: `latest` would have found it otherwise
+        temporary.rename(self.path(step))
+        _sync(self.directory)
+
+    def _prune(self, step: int) -> None:
+        """Delete what `step` replaces, and what is left of saves and deletions that were cut off."""
         # Newer ones than this are damaged: a run goes on from the newest sound checkpoint.
-        kept = [older for older in self.steps() if older <= step][-self.keep :]
-        for other in set(self.steps()) - set(kept):
-            shutil.rmtree(self.path(other), ignore_errors=True)
-        return final
+        older = [other for other in self.steps() if other <= step]
+        kept: set[int | None] = {
+            *older[-self.keep :],
+            *(other for other in older if self.keep_every and other % self.keep_every == 0),
+        }
+        kept.add(best_step(self.directory.parent))
+        for other in set(self.steps()) - kept:
+            with suppress(OSError):  # tried again after the next save
+                self._delete(other)
+        for left in self.directory.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _delete(self, step: int) -> None:
+        """Take checkpoint `step` out of sight, whole, and delete it then."""
+        hidden = self.directory / f"{_UNFINISHED}{step:06d}.old"
+        shutil.rmtree(hidden, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            self.path(step).rename(hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Steps of the published checkpoints, oldest first."""
@@ -77,58 +126,61 @@ class Checkpoints:
         return sorted(int(match[1]) for match in found if match)
 
     def latest(self) -> int | None:
-        """Step of the newest checkpoint whose files match their recorded hashes; damaged ones are warned about."""
-        for step in reversed(self.steps()):
-            damaged = _damaged(self.path(step))
+        """Step of the newest checkpoint whose files match their recorded hashes; damaged ones are warned about.
+
+        All ranks must ask together: they share the files out among them.
+        """
+        [steps] = self.ranks.together(self.steps, main=True)
+        for step in reversed(steps):
+            found = self.ranks.together(partial(_damaged, self.path(step), self.ranks.rank, self.ranks.world))
+            damaged = next(filter(None, found), None)
             if damaged is None:
                 return step
-            warnings.warn(f"checkpoint {self.path(step)} is damaged ({damaged}); trying an older one", stacklevel=2)
+            if self.ranks.is_main:
+                warnings.warn(f"checkpoint {self.path(step)} is damaged ({damaged}); trying an older one", stacklevel=2)
         return None
 
-    def load(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Model and optimizer state of checkpoint `step`, as given to `save`."""
-        path = self.path(step)
-        return load_file(path / "transformer.safetensors"), load_file(path / "optimizer.safetensors")
+    def load(self, step: int) -> dict[str, Tensor]:
+        """The tensors of checkpoint `step`, whole, in host memory."""
+        return read_whole(self.path(step), stored(self.path(step)))
 
     def config(self, step: int) -> str:
         """The config that checkpoint `step` was saved with."""
-        return json.loads((self.path(step) / "state.json").read_text())["config"]
+        return json.loads((self.path(step) / _STATE).read_text())["config"]
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """The transformer weights of a checkpoint directory. Raises `InputError` when it is missing or damaged."""
+def load_weights(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
+    """The transformer weights of a checkpoint directory, whole, in host memory.
+
+    With `ema` those that were averaged are the averages, in fp32.
+
+    Raises `InputError` when it is missing or damaged, or holds no averages.
+    """
     if not (path / _COMMIT).is_file():
         raise InputError(f"{path} is not a checkpoint (no {_COMMIT} file)")
     damaged = _damaged(path)
     if damaged is not None:
         raise InputError(f"checkpoint {path} is damaged: {damaged}")
-    return load_file(path / "transformer.safetensors")
+    layout = stored(path)
+    weights = read_whole(path, [name for name in layout if not is_state(name)])
+    if ema:
+        averaged = [name for name in weights if f"{name}/ema" in layout]
+        if not averaged:
+            raise InputError(f"checkpoint {path} holds no averaged weights: its run had no optimizer.ema_decay")
+        averages = read_whole(path, [f"{name}/ema" for name in averaged])
+        weights |= {name: averages[f"{name}/ema"] for name in averaged}
+    return weights
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """Optimizer state as flat tensors ``<parameter>/<state>``; `names` are the parameters in the optimizer's order."""
-    state = optimizer.state_dict()["state"]
-    return {f"{names[index]}/{key}": value for index, entry in state.items() for key, value in entry.items()}
+def _synced(directory: Path, rank: int) -> dict[str, Fingerprint]:
+    """Fingerprints of the files that `rank` wrote, once they are on the disk."""
+    mine = sorted(file for file in directory.iterdir() if writer_of(file.name) == rank)
+    for file in mine:
+        _sync(file)
+    return {file.name: _fingerprint(file) for file in mine}
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`; hyper-parameters stay the optimizer's own."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        name, _, entry = key.rpartition("/")
-        state.setdefault(names.index(name), {})[entry] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _require_space(directory: Path, *states: dict[str, Tensor]) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    needed = sum(tensor.numel() * tensor.element_size() for state in states for tensor in state.values())
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise OSError(f"disk full: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free in {directory}")
-
-
-def _fingerprint(file: Path) -> dict[str, int | str]:
+def _fingerprint(file: Path) -> Fingerprint:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(1 << 22):
@@ -136,15 +188,15 @@ def _fingerprint(file: Path) -> dict[str, int | str]:
     return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _damaged(path: Path) -> str | None:
-    """What is wrong with a published checkpoint, or None."""
+def _damaged(path: Path, rank: int = 0, world: int = 1) -> str | None:
+    """What is wrong with a published checkpoint, or None; `rank` of `world` looks at its share of the files."""
     try:
         listed = dict(json.loads((path / _COMMIT).read_text()))
     except (OSError, ValueError, TypeError) as error:
         return f"{_COMMIT} is not readable: {error}"
     if not listed:
         return f"{_COMMIT} is empty"
-    for name, expected in listed.items():
+    for name, expected in list(listed.items())[rank::world]:
         if not (path / name).is_file():
             return f"{name} is missing"
         if _fingerprint(path / name) != expected:

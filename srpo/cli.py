@@ -17,7 +17,11 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done or stopped by a signal, 1 failed, 2 bad input."""
+    """Run one command; returns the exit status.
+
+    0: done, or stopped by SIGINT or SIGTERM. 1: failed. 2: bad input. 3: stopped by a limit of validation.stop.
+    75: stopped by SIGUSR1, to be started again.
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse takes overrides only before or after all options; let them stand anywhere.
@@ -53,8 +57,10 @@ def _quiet_libraries() -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from srpo.best import best_of
     from srpo.config import load_config
     from srpo.report import training_report
+    from srpo.signals import REQUEUE
     from srpo.trainer import Trainer
 
     overrides = options.overrides + ([f"model.path={options.model}"] if options.model else [])
@@ -66,8 +72,14 @@ def _train(options: argparse.Namespace) -> int:
     if trainer.ranks.is_main:
         report = training_report(trainer.directory)
         state = "finished" if done == config.srpo.updates else "stopped; go on with --resume"
+        if limits := trainer.validation.stopped:
+            state = f"stopped by validation.stop; {best_of(trainer.directory)}"
+            print("\n".join(f"srpo: stopped: {limit}" for limit in limits), file=sys.stderr)
         print(f"{config.run.dir}: {done}/{config.srpo.updates} updates, {state}. Report: {report}")
-    return 0
+    trainer.ranks.barrier()  # torchrun ends all ranks as soon as one has ended with a status
+    if trainer.validation.stopped:
+        return 3
+    return REQUEUE if trainer.stopped_by == "SIGUSR1" else 0
 
 
 def _sample(options: argparse.Namespace) -> int:
@@ -75,7 +87,12 @@ def _sample(options: argparse.Namespace) -> int:
     from srpo.samples import open_source, write_samples
 
     source = open_source(
-        options.source, step=options.step, model=options.model, recipe=options.recipe, overrides=options.overrides
+        options.source,
+        step=_step(options, options.source),
+        model=options.model,
+        recipe=options.recipe,
+        overrides=options.overrides,
+        ema=options.ema,
     )
     prompts = list(options.prompt)
     if options.prompts:
@@ -92,12 +109,29 @@ def _export(options: argparse.Namespace) -> int:
     out = export_run(
         Path(options.run_directory),
         Path(options.out),
-        step=options.step,
+        step=_step(options, options.run_directory),
         dtype=options.dtype,
         layout=options.format,
         shard_gb=options.shard_size,
+        ema=options.ema,
     )
     print(f"exported to {out}; its model card says how to load it")
+    return 0
+
+
+def _step(options: argparse.Namespace, directory: str) -> int | None:
+    """The step that --step or --best names."""
+    from srpo.best import best_of, best_step
+
+    if options.best and best_step(Path(directory)) is None:
+        raise InputError(f"--best: {best_of(Path(directory))} in {directory}")
+    return best_step(Path(directory)) if options.best else options.step
+
+
+def _report(options: argparse.Namespace) -> int:
+    from srpo.report import training_report
+
+    print(training_report(Path(options.run_directory)))
     return 0
 
 
@@ -136,7 +170,9 @@ def _plan(options: argparse.Namespace) -> int:
 
     overrides = options.overrides + ([f"model.path={options.model}"] if options.model else [])
     config, gpu = load_config(options.recipe, overrides), parse_gpu(options.gpu)
-    plan = make_plan(options.recipe, config, gpu, options.count, results=Path(options.results))
+    plan = make_plan(
+        options.recipe, config, gpu, options.count, results=Path(options.results), collectives=options.collectives
+    )
     if options.json:
         try:
             Path(options.json).write_text(json.dumps(plan.as_dict(), indent=1) + "\n", encoding="utf-8")
@@ -213,7 +249,10 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
     sample.add_argument("--model", help="pipeline directory, instead of the recipe's model.path")
     sample.add_argument("--recipe", help="how to sample a pipeline or file that holds no recipe")
-    sample.add_argument("--step", type=int, help="which checkpoint of the run (default the newest; 0: the base model)")
+    which = sample.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="which checkpoint of the run (default the newest; 0: the base model)")
+    which.add_argument("--best", action="store_true", help="the checkpoint that did best by validation.best")
+    sample.add_argument("--ema", action="store_true", help="the averages of the run's weights (optimizer.ema_decay)")
     sample.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
     sample.add_argument("--prompts", help="prompt file (default: the prompts of the recipe)")
     sample.add_argument("--count", type=_positive, default=1, help="images for each prompt (default %(default)s)")
@@ -240,11 +279,18 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", required=True, help="new directory; for (lora-)comfyui a new .safetensors file")
     formats = ("diffusers", "comfyui", "lora", "lora-comfyui")
     export.add_argument("--format", choices=formats, default="diffusers", help="default %(default)s")
-    export.add_argument("--step", type=int, help="which checkpoint (default the newest)")
+    which = export.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="which checkpoint (default the newest)")
+    which.add_argument("--best", action="store_true", help="the checkpoint that did best by validation.best")
+    export.add_argument("--ema", action="store_true", help="the weights' averages (optimizer.ema_decay)")
     dtypes = ("fp32", "bf16", "fp8")
     export.add_argument("--dtype", choices=dtypes, help="of the transformer (default the run's); fp8: comfyui only")
     export.add_argument("--shard-size", type=float, metavar="GB", help="diffusers: files of at most this (default 10)")
     export.set_defaults(run=_export)
+
+    report = commands.add_parser("report", help="write report.html of a run, finished or in progress")
+    report.add_argument("run_directory", metavar="run", help="run directory")
+    report.set_defaults(run=_report)
 
     plan = commands.add_parser("plan", help="memory and time that a recipe needs on given GPUs; runs without any")
     plan.add_argument("recipe", help="YAML file, or the name of a shipped recipe")
@@ -253,6 +299,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpu", required=True, help="H20, H100, H200, A100, B200, or memory_gb=..,bf16_tflops=..,...")
     plan.add_argument("--count", type=int, default=1, help="GPUs (default %(default)s)")
     plan.add_argument("--results", default="benchmarks/results", help="measurements (default %(default)s)")
+    plan.add_argument("--collectives", action="store_true", help="also count what ranks exchange (about a minute)")
     plan.add_argument("--json", help="also write the plan to this file")
     plan.set_defaults(run=_plan)
 

@@ -15,7 +15,9 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from srpo.controls import ControlGroup, ControlPhase, control_group, parse_groups, parse_schedule
 from srpo.errors import InputError
+from srpo.loggers import WandbConfig
 from srpo.lora import LoraConfig
+from srpo.monitors.config import ValidationConfig, check_validation
 from srpo.objective import SRPOConfig
 from srpo.optimizer import OptimizerConfig
 from srpo.precision import Precision
@@ -105,11 +107,16 @@ class RunConfig:
     fp8_all_gather: bool = False
     rollout_solver: Solver = "euler"  # adams2: second order, so fewer srpo.rollout_steps for the same error
     save_every: int = 5  # updates between checkpoints
-    keep: int = 2  # checkpoints kept
+    keep: int = 2  # newest checkpoints kept
+    keep_every: int | None = None  # also kept: those of the updates that are multiples of this
+    # Checkpoints are copied to host memory (a copy of all that a process holds of weights and states, kept for the next
+    # one) and written during the next update; false: nothing goes on while they are written.
+    save_async: bool = True
     sample_every: int = 5  # updates between sample grids; 0: none
     sample_count: int = 8  # images in a grid
     sample_steps: int = 25
     tensorboard: bool = True  # also write TensorBoard events when it is installed
+    wandb: WandbConfig | None = None  # also log to Weights & Biases {project, name, mode}
 
     def __post_init__(self) -> None:
         for name, least in dict(
@@ -117,6 +124,8 @@ class RunConfig:
         ).items():
             if getattr(self, name) < least:
                 raise ValueError(f"run.{name} must be at least {least}, got {getattr(self, name)}")
+        if self.keep_every is not None and self.keep_every < 1:
+            raise ValueError(f"run.keep_every must be at least 1 or null, got {self.keep_every}")
         if (self.sharding == "hsdp") != (self.shard_size is not None) or (self.shard_size or 1) < 1:
             raise ValueError(f"run.shard_size must be a number of ranks for hsdp, else null, got {self.shard_size}")
 
@@ -131,9 +140,11 @@ class TrainConfig:
     run: RunConfig
     srpo: SRPOConfig = field(default_factory=SRPOConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
         check_reward(self.reward, self.srpo)
+        check_validation(self.validation, self.run.sample_every, self.run.save_every)
         if self.run.sharding != "none" and self.optimizer.name != "srpo":
             raise ValueError("run.sharding needs optimizer.name srpo")
         if self.run.rollout_gather == "blocks" and self.model.precision == "fp8-rollout":

@@ -59,6 +59,7 @@ def export_run(
     dtype: StoredDtype | None = None,
     layout: ExportFormat = "diffusers",
     shard_gb: float | None = None,
+    ema: bool = False,
 ) -> Path:
     """Write a run's checkpoint to `out`, which must not exist; nothing is left there when it fails.
 
@@ -71,13 +72,14 @@ def export_run(
             LoRA run merged in. "lora", a directory for ``FluxPipeline.load_lora_weights``, and "lora-comfyui", a file
             with its card: adapters alone (see `srpo.lora_file`).
         shard_gb: diffusers: the transformer's files hold at most so many gigabytes; default 10.
+        ema: the weights' averages instead, of a run with ``optimizer.ema_decay``.
 
     Raises `InputError`: no such run or checkpoint, arguments that do not fit, `out` exists, a full disk, a base model
     that is not the one of a run's adapters.
     """
     config = load_run(directory)
     stored: StoredDtype = dtype or ("fp32" if config.model.precision == "fp32" else "bf16")
-    exported = Exported(directory, config, checkpoint_of(directory, config, step), stored)
+    exported = Exported(directory, config, checkpoint_of(directory, config, step), stored, ema)
     if "comfyui" in layout and out.suffix != ".safetensors":
         raise InputError(f"--out {out} must end in .safetensors with --format {layout}")
     if layout != "diffusers" and shard_gb is not None:

@@ -37,12 +37,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Exported:
-    """The weights of a run's checkpoint, to be stored in `dtype`."""
+    """The weights of a run's checkpoint, or with `ema` their averages, to be stored in `dtype`."""
 
     run: Path
     config: TrainConfig
     checkpoint: Path
     dtype: StoredDtype
+    ema: bool = False
 
     @property
     def step(self) -> int:
@@ -63,11 +64,12 @@ class Exported:
 
     def adapters(self) -> dict[str, Tensor]:
         """The adapters of a LoRA run. Raises `InputError`."""
-        return {name: tensor.to(DTYPES[self.dtype]) for name, tensor in load_weights(self.checkpoint).items()}
+        trained = load_weights(self.checkpoint, ema=self.ema)
+        return {name: tensor.to(DTYPES[self.dtype]) for name, tensor in trained.items()}
 
     def transformer(self) -> dict[str, Tensor]:
         """The transformer's weights, with adapters merged in. Raises `InputError`."""
-        trained, lora = load_weights(self.checkpoint), self.config.model.lora
+        trained, lora = load_weights(self.checkpoint, ema=self.ema), self.config.model.lora
         if lora is None:
             return trained
         base = component_weights(self.base / "transformer", compute_dtype(self.config.model.precision))
@@ -119,7 +121,7 @@ class Exported:
             self.config,
             run=self.run,
             step=self.step,
-            what=f"{what} after {self.step} updates, in {self.dtype}.",
+            what=f"{what} after {self.step} updates{', averaged over them' if self.ema else ''}, in {self.dtype}.",
             usage=usage,
             files=files,
             root=root,

@@ -33,14 +33,27 @@ class OptimizerConfig:
     moments: Literal["auto", "fp32", "M4", "M3", "M2"] = "auto"
     # What gradients are summed in over the batches of an update; auto: fp32 when there are several.
     gradients: Literal["auto", "fp32", "bf16"] = "auto"
-    # states: moments and remainders stay in host memory, through which a step takes about a second for 12 B parameters.
-    offload: Literal["none", "states"] = "none"
+    # states: moments, remainders and averages stay in host memory, through which a step takes about a second for 12 B
+    # parameters; ema: averages do.
+    offload: Literal["none", "ema", "states"] = "none"
+    # Also keep an fp32 exponential moving average of the weights, taken every `ema_every` updates; it is what sample
+    # grids show, and what `srpo export --ema` and `srpo sample --ema` use.
+    ema_decay: float | None = None
+    ema_every: int = 1
 
     def __post_init__(self) -> None:
         if self.name == "torch" and not {self.weights, self.moments} <= {"auto", "fp32"}:
             raise ValueError("optimizer.weights and optimizer.moments must be auto or fp32 with optimizer.name torch")
         if self.name == "torch" and self.offload != "none":
             raise ValueError(f"optimizer.offload {self.offload} needs optimizer.name srpo")
+        if self.name == "torch" and self.ema_decay is not None:
+            raise ValueError("optimizer.ema_decay needs optimizer.name srpo")
+        if self.offload == "ema" and self.ema_decay is None:
+            raise ValueError("optimizer.offload ema needs optimizer.ema_decay")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"optimizer.ema_decay must be in [0, 1) or null, got {self.ema_decay}")
+        if self.ema_every < 1:
+            raise ValueError(f"optimizer.ema_every must be at least 1, got {self.ema_every}")
 
     def modes(self, precision: Precision) -> tuple[str, str]:
         """How weights and moments are stored."""
@@ -59,7 +72,8 @@ class OptimizerConfig:
         count = sum(parameter.numel() for parameter in parameters)
         if self.offload == "states":
             return count * gradient + DEVICE_BYTES
-        return int(count * (gradient + _REMAINDER[weights] + _MOMENTS[moments]))
+        averages = 4 if self.ema_decay is not None and self.offload == "none" else 0
+        return int(count * (gradient + _REMAINDER[weights] + _MOMENTS[moments] + averages))
 
 
 def set_gradient_dtype(config: OptimizerConfig, parameters: Iterable[nn.Parameter], backwards: int) -> None:
@@ -95,6 +109,8 @@ def load_optimizer(
         max_grad_norm=objective.max_grad_norm,
         seed=seed,
         offload=config.offload,
+        ema_decay=config.ema_decay,
+        ema_every=config.ema_every,
     )
 
 

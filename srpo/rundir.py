@@ -14,12 +14,15 @@ from srpo.errors import InputError
 __all__ = ["CONFIG_NAME", "updates_done", "write_bad_images", "write_config"]
 
 CONFIG_NAME = "config.yaml"
+_TEMPORARY = f".{CONFIG_NAME}.tmp"
 
-#: Keys that may change when a run is resumed: they do not change what an update computes.
+#: Keys that may change when a run is resumed: they do not change what an update computes, but for the order in which
+#: ranks add up.
 _CACHES = {"reward.text_cache", "model.text_cache", "data.latent_cache"}
-_FREE = {"srpo.updates", "data.max_bad_fraction", *_CACHES} | {
-    f"run.{name}"
-    for name in ("dir", "device", "tensorboard", "save_every", "keep", "sample_every", "sample_count", "sample_steps")
+_SAVING = {f"run.{name}" for name in ("save_every", "save_async", "keep", "keep_every")}
+_SHARING = {"run.device", "run.sharding", "run.shard_size", "run.reduce", "model.checkpointing"}
+_FREE = {"run.dir", "run.tensorboard", "srpo.updates", "data.max_bad_fraction", *_CACHES, *_SAVING, *_SHARING} | {
+    f"run.{name}" for name in ("sample_every", "sample_count", "sample_steps", "wandb")
 }
 
 
@@ -31,7 +34,7 @@ def updates_done(directory: Path, config: TrainConfig, checkpoints: Checkpoints,
             another config.
     """
     file = directory / CONFIG_NAME
-    held = directory.is_dir() and any(directory.iterdir())
+    held = directory.is_dir() and any(entry.name != _TEMPORARY for entry in directory.iterdir())
     if held and not file.is_file():
         raise InputError(f"run directory {directory} is not empty and holds no run; choose another run.dir")
     if held and not resume:
@@ -52,7 +55,7 @@ def updates_done(directory: Path, config: TrainConfig, checkpoints: Checkpoints,
 def write_config(directory: Path, config: TrainConfig) -> None:
     """Make `directory` this run's, by leaving the resolved config in it."""
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f".{CONFIG_NAME}.tmp"
+    temporary = directory / _TEMPORARY
     temporary.write_text(dump_config(config), encoding="utf-8")
     temporary.replace(directory / CONFIG_NAME)
 
@@ -69,7 +72,7 @@ def write_bad_images(directory: Path, images: list[str]) -> None:
 def _check_same(old: str, config: TrainConfig, what: str) -> None:
     before, after = _flat(yaml.safe_load(old)), _flat(yaml.safe_load(dump_config(config)))
     changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
-    changed = [key for key in changed if key not in _FREE]
+    changed = [key for key in changed if key not in _FREE and not key.startswith("validation.")]
     if changed:
         listed = "; ".join(f"{key} was {before.get(key)!r}, is {after.get(key)!r}" for key in changed)
         raise InputError(f"{what} was made with another config: {listed}")

@@ -38,12 +38,13 @@ class Source:
     """What to sample: `config`, with the model and how it is sampled, and the transformer's weights.
 
     `weights` are a checkpoint directory, a single file or a file of adapters; None: those of the model itself. Adapters
-    are for the base model of fingerprint `base`.
+    are for the base model of fingerprint `base`. With `ema` a checkpoint's averages are meant.
     """
 
     config: TrainConfig
     weights: Path | None = None
     base: str | None = None
+    ema: bool = False
 
 
 def open_source(
@@ -53,6 +54,7 @@ def open_source(
     model: str | Path | None = None,
     recipe: str | None = None,
     overrides: Sequence[str] = (),
+    ema: bool = False,
 ) -> Source:
     """What `source` holds; no weights are read yet.
 
@@ -63,6 +65,7 @@ def open_source(
         model: the pipeline directory whose other components, or all, are used, instead of the recipe's ``model.path``.
         recipe: how to sample a pipeline or a file that was not exported by srpo, or otherwise than its own recipe says.
         overrides: ``section.key=value`` changes to the recipe.
+        ema: of a run: the weights' averages.
 
     Raises `InputError`, naming the argument.
     """
@@ -74,12 +77,14 @@ def open_source(
     exported = (path / "model_index.json").is_file() or (path.is_file() and path.suffix == ".safetensors")
     if step is not None and not run:
         raise InputError(f"--step is for a run directory, which {path} is not")
+    if ema and (not run or step == 0):
+        raise InputError(f"--ema is for checkpoints of a run directory, which {'step 0' if run else path} is not")
     if recipe is not None and (run or not exported):
         raise InputError(f"--recipe is for a pipeline directory or a single file, which {path} is not")
     if run:
         config = load_run(path, changes)
         weights = None if step == 0 else checkpoint_of(path, config, step)
-        return Source(config, weights, read_base(path) if config.model.lora else None)
+        return Source(config, weights, read_base(path) if config.model.lora else None, ema)
     if path.is_dir():
         if not exported:
             raise InputError(f"{path} is neither a run directory ({CONFIG_NAME}) nor a pipeline (model_index.json)")
@@ -114,7 +119,7 @@ def load_flux(source: Source, *, device: str | None = None) -> Flux:
     )
     if source.weights is not None:
         if source.weights.is_dir():
-            weights = load_weights(source.weights)
+            weights = load_weights(source.weights, ema=source.ema)
         else:
             weights = read_lora(source.weights, lora) if lora else read_single_file(source.weights)
         own = flux.trainable()

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 
 from srpo_kernels import gather_float8
-from srpo_kernels.optim.sharding import local, local_rows
 
-__all__ = ["gathered", "load_whole", "mesh_of", "shard", "whole_tensors"]
+__all__ = ["gathered", "mesh_of", "shard"]
 
 
 def mesh_of(world: int, device: torch.device, shard_size: int | None = None) -> DeviceMesh:
@@ -58,42 +56,3 @@ def gathered(transformer: nn.Module) -> Iterator[None]:
     finally:
         for unit in units:
             unit.reshard()
-
-
-def whole_tensors(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Every tensor whole and contiguous, in host memory where it was sharded, or nothing unless `keep`.
-
-    A collective operation if any is sharded.
-    """
-    found = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach()
-        whole = _gather(tensor).cpu() if isinstance(tensor, DTensor) else tensor
-        if keep:
-            found[name] = whole.contiguous()
-    return found
-
-
-def _gather(tensor: DTensor) -> Tensor:
-    if tensor.dtype != torch.int16:
-        return tensor.full_tensor()
-    bits = tensor.to_local().view(torch.bfloat16)  # backends gather no int16
-    shape: dict[str, Any] = dict(shape=tensor.shape, stride=tensor.stride())
-    return DTensor.from_local(bits, tensor.device_mesh, tensor.placements, **shape).full_tensor().view(torch.int16)
-
-
-@torch.no_grad()
-def load_whole(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors into those of the same name, which may be sharded by rows.
-
-    Raises ValueError when names or shapes differ.
-    """
-    wanted, found = ({(name, tuple(tensor.shape)) for name, tensor in state.items()} for state in (own, tensors))
-    if wanted != found:
-        raise ValueError(f"names or shapes of the state are not the model's: {sorted(wanted ^ found)[:4]}")
-    for name, target in own.items():
-        value = tensors[name]
-        if isinstance(target, DTensor):
-            first, count = local_rows(target)
-            value = value[first : first + count]
-        local(target).copy_(value)

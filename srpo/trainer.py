@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from srpo.activations import keep_activations
 from srpo.assets import resolve_asset
 from srpo.base_model import check_base, read_base, write_base
 from srpo.batches import CleanBatches, clean_batches
-from srpo.checkpoint import Checkpoints, load_optimizer_tensors, optimizer_tensors
+from srpo.checkpoint import Checkpoints
 from srpo.config import TrainConfig, dump_config
 from srpo.distributed import Ranks
 from srpo.errors import InputError
@@ -21,12 +23,13 @@ from srpo.precision import compute_dtype
 from srpo.rewards import Reward, load_reward
 from srpo.rundir import updates_done, write_bad_images, write_config
 from srpo.runlog import RunLog
-from srpo.sharding import load_whole, mesh_of, whole_tensors
+from srpo.saving import Saver
+from srpo.sharding import mesh_of
 from srpo.signals import Stop, StopRequestedError
 from srpo.sources import Sources
 from srpo.update import NonFiniteError, Seconds, Update
 from srpo.validation import Validation
-from srpo_kernels.checkpointing import FluxPolicy, flux_policy, free_memory
+from srpo_kernels.optim import AdamW
 
 __all__ = ["NonFiniteError", "Trainer"]
 
@@ -39,9 +42,14 @@ class Trainer:
     Args:
         config: the resolved recipe. resume: go on from the newest checkpoint of ``config.run.dir``.
 
+    Attributes:
+        stopped_by: name of the signal that ended `fit` before its last update.
+
     Raises:
         InputError: something in the recipe, or what it points to, cannot be used.
     """
+
+    stopped_by: str | None = None
 
     def __init__(self, config: TrainConfig, *, resume: bool = False) -> None:
         self.config = config
@@ -53,7 +61,7 @@ class Trainer:
         model = check_model_directory(path, self.size, text=config.model.text_cache is None)
         self.sources = Sources(config, model)
         self.directory = Path(run.dir)
-        self.checkpoints = Checkpoints(self.directory / "checkpoints", run.keep)
+        self.checkpoints = Checkpoints(self.directory / "checkpoints", run.keep, run.keep_every, self.ranks)
         self.start = updates_done(self.directory, config, self.checkpoints, resume=resume)
         if config.model.lora and self.start:
             check_base(read_base(self.directory), model, f"run {self.directory}")
@@ -80,9 +88,9 @@ class Trainer:
         if self.sharded:
             mesh = mesh_of(self.ranks.world, self.ranks.device, run.shard_size)
             self.flux.shard(mesh, fp8_all_gather=run.fp8_all_gather)
-        self.policy = self._checkpointing_policy()
+        self.policy = keep_activations(config, self.flux, self.ranks.world)
         self.update = Update(config, self.ranks, self.flux, self.reward, self.batches, sharded=self.sharded)
-        self.validation = Validation(config, self.ranks, self.flux, self.sources)
+        self.validation = Validation(config, self.ranks, self.flux, self.sources, self.reward)
         named = self.flux.trainable()
         self.names, self.parameters = list(named), list(named.values())
         self.optimizer = load_optimizer(
@@ -92,10 +100,10 @@ class Trainer:
             precision=config.model.precision,
             seed=run.seed,
         )
+        self.saver = Saver(self.checkpoints, named, self.optimizer, dump_config(config), background=run.save_async)
         if self.start:
-            weights, state = self.checkpoints.load(self.start)
-            load_whole(named, weights)
-            load_optimizer_tensors(self.optimizer, self.names, state)
+            self.validation.restore(self.start)  # may look at step 0, whose weights these still are
+            self.saver.restore(self.start)
         if self.ranks.is_main:
             write_config(self.directory, config)
             if config.model.lora:
@@ -104,66 +112,56 @@ class Trainer:
             self.sources.warn()
         self.ranks.barrier()
 
-    def _checkpointing_policy(self) -> FluxPolicy:
-        """What the transformer keeps for backward; "auto" leaves room for gradients and optimizer states."""
-        config, flux = self.config, self.flux
-        height, width = flux.latent_size(*self.size)
-        free = None
-        if config.model.checkpointing == "auto":
-            reserved = config.optimizer.reserved_bytes(list(flux.trainable().values()), config.model.precision)
-            ranks = (config.run.shard_size or self.ranks.world) if self.sharded else 1
-            free = max(0, free_memory(flux.device) - reserved // ranks)
-        return flux_policy(
-            flux.transformer,
-            config.model.checkpointing,
-            batch=2 * config.run.micro_batch,  # both branches go through the model together
-            tokens=height * width // 4 + config.model.max_sequence_length,
-            dtype=compute_dtype(config.model.precision),
-            free=free,
-        )
-
     def fit(self, on_update: Callable[[int], None] | None = None) -> int:
         """Train to the last update and return the number of updates done.
 
-        SIGINT or SIGTERM saves a checkpoint and returns early. `on_update` is called after each update with its
-        1-based number.
+        SIGINT, SIGTERM or SIGUSR1 to any rank saves a checkpoint and returns early. `on_update` is called after each
+        update with its 1-based number.
 
         Raises:
             NonFiniteError: a score or gradient is not finite. SaveError: a checkpoint could not be written.
         """
         run, total = self.config.run, self.config.srpo.updates
         step, saved = self.start, self.start
-        log = (
-            RunLog(self.directory, start=step, total=total, tensorboard=run.tensorboard) if self.ranks.is_main else None
-        )
+        log = None
+        if self.ranks.is_main:
+            log = RunLog(self.directory, start=step, total=total, tensorboard=run.tensorboard, wandb=run.wandb)
         try:
-            with Stop() as stop:
+            with Stop(self.ranks) as stop:
                 if log is not None:
                     kernels = self.flux.patched.report() if self.flux.patched else "off"
                     log.event("start", step=step, updates=total, kernels=kernels, checkpointing=str(self.policy))
                     log.event("data", step=step, **self.sources.record())
-                if step == 0 and self.validation.due(0):
-                    self.validation.run(0)
-                while step < total and not self.ranks.any(stop.signal is not None):
+                if self.validation.pending(step):
+                    with self.averaged():
+                        self.validation.run(step, log)
+                while step < total and not self.validation.stopped:
                     try:
-                        # Ranks must stop together, so only a lone one may stop within an update.
-                        record = self._step(step, stop.check if self.ranks.world == 1 else lambda: None)
+                        stop.check()
+                        record = self._step(step, stop.check)
                     except StopRequestedError:
+                        self.stopped_by = stop.signal
                         break
+                    self.saver.finish()  # so that no more than `save_every` recorded updates can be lost
                     step += 1
                     if log is not None:
                         log.update(step, record)
                     if step % run.save_every == 0 or step == total:
-                        saved = self._save(step)
+                        self.saver.save(saved := step)
                     if self.validation.due(step):
-                        self.validation.run(step)
+                        with self.averaged():
+                            self.validation.run(step, log)
                     if on_update is not None:
                         on_update(step)
                 if saved != step:
-                    self._save(step)
+                    self.saver.save(step)
+                self.saver.finish()
                 if log is not None:
-                    log.event("stop" if stop.signal else "end", step=step, signal=stop.signal)
+                    limits = [breach.monitor for breach in self.validation.stopped]
+                    ended = "stop" if self.stopped_by or limits else "end"
+                    log.event(ended, step=step, signal=self.stopped_by, limits=limits)
         finally:
+            self.saver.close()
             if log is not None:
                 log.close()
         return step
@@ -181,13 +179,11 @@ class Trainer:
         rounded = {name: round(value, 4) for name, value in seconds.items()}
         return {**self.update.record(step, draws), **stepped, "seconds": rounded}
 
-    def _save(self, step: int) -> int:
-        weights = whole_tensors(self.flux.trainable(), keep=self.ranks.is_main)
-        state = whole_tensors(optimizer_tensors(self.optimizer, self.names), keep=self.ranks.is_main)
-        if self.ranks.is_main:
-            self.checkpoints.save(step, weights, state, dump_config(self.config))
-        self.ranks.barrier()
-        return step
+    def averaged(self) -> AbstractContextManager[None]:
+        """The averaged weights in the place of the exact ones, where the recipe has them kept."""
+        if isinstance(self.optimizer, AdamW) and self.config.optimizer.ema_decay is not None:
+            return self.optimizer.average_parameters()
+        return nullcontext()
 
 
 def _check_threshold(config: TrainConfig, reward: Reward) -> None:

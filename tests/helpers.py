@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from srpo.config import TrainConfig, load_config
@@ -41,6 +43,25 @@ def environment(**values: str) -> dict[str, str]:
 def srpo(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run `srpo` in a process of its own."""
     return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment(), timeout=300)
+
+
+def forked(work: Callable[[], object]) -> int:
+    """Start a process that runs `work`, and give its number; one that imports nothing, and prints nothing.
+
+    It exits with what `work` returns, or 1 when that raises.
+    """
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        status = int(work() or 0)
+    except Exception:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
 
 
 def state_of(directory: Path, step: int) -> tuple[bytes, bytes]:

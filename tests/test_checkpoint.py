@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import resource
 import shutil
-import subprocess
-import sys
-import textwrap
+import signal
 import warnings
 from collections import namedtuple
 from collections.abc import Callable
@@ -15,32 +15,35 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import forked
 from torch import Tensor, nn
 
-from srpo.checkpoint import Checkpoints, SaveError, load_optimizer_tensors, load_weights, optimizer_tensors
+from srpo.best import write_best
+from srpo.checkpoint import Checkpoints, SaveError, load_weights
 from srpo.errors import InputError
+from srpo.saving import load_optimizer_tensors, optimizer_tensors
 
 _FILES = ["transformer.safetensors", "optimizer.safetensors", "state.json", "COMMIT"]
 
 
-def _state(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _state(seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(4, 3, generator=generator)
     model = {"a.weight": weight, "a.bias": torch.randn(4, generator=generator).bfloat16()}
-    return model, {"a.weight/exp_avg": weight * 2, "a.weight/step": torch.tensor(float(seed))}
+    return {**model, "a.weight/exp_avg": weight * 2, "a.weight/step": torch.tensor(float(seed))}
 
 
 def _save(checkpoints: Checkpoints, *steps: int) -> None:
     for step in steps:
-        checkpoints.save(step, *_state(step), f"config of {step}")
+        checkpoints.save(step, _state(step), f"config of {step}")
 
 
 def _assert_holds(checkpoints: Checkpoints, step: int) -> None:
-    for got, expected in zip(checkpoints.load(step), _state(step), strict=True):
-        assert got.keys() == expected.keys()
-        for name, tensor in expected.items():
-            assert got[name].dtype == tensor.dtype
-            assert torch.equal(got[name], tensor)
+    got, expected = checkpoints.load(step), _state(step)
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype
+        assert torch.equal(got[name], tensor)
     assert checkpoints.config(step) == f"config of {step}"
 
 
@@ -54,14 +57,13 @@ def checkpoints(tmp_path: Path) -> Checkpoints:
 
 
 def test_load_gives_back_what_was_saved(checkpoints: Checkpoints) -> None:
-    model, optimizer = _state(3)
-    path = checkpoints.save(3, model, optimizer, "config of 3")
+    path = checkpoints.save(3, _state(3), "config of 3")
     assert path == checkpoints.path(3)
     assert {file.name for file in path.iterdir()} == set(_FILES)
     _assert_holds(checkpoints, 3)
     weights = load_weights(path)
-    assert weights.keys() == model.keys()
-    assert all(torch.equal(weights[name], tensor) for name, tensor in model.items())
+    assert weights.keys() == {"a.weight", "a.bias"}
+    assert all(torch.equal(tensor, _state(3)[name]) for name, tensor in weights.items())
 
 
 def test_no_checkpoint_is_no_step(checkpoints: Checkpoints) -> None:
@@ -79,6 +81,33 @@ def test_newest_checkpoints_are_kept(tmp_path: Path, keep: int) -> None:
     assert checkpoints.latest() == 100
     for step in kept:
         _assert_holds(checkpoints, step)
+
+
+def test_best_checkpoint_and_those_of_every_so_many_updates_are_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2, keep_every=20)
+    _save(checkpoints, 5, 10)
+    write_best(tmp_path, 10, "held_out", 0.5)
+    _save(checkpoints, 15, 20, 25, 30, 35, 40, 45)
+    assert checkpoints.steps() == [10, 20, 40, 45]
+
+
+def test_deletion_that_fails_is_made_good_by_the_next_save(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _save(checkpoints, 1, 2)
+    rename = Path.rename
+
+    def refused(self: Path, target: Path) -> Path:
+        if self == checkpoints.path(1):
+            raise PermissionError(13, "Permission denied")
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", refused)
+        _save(checkpoints, 3)
+        assert checkpoints.steps() == [1, 2, 3]
+    _save(checkpoints, 4)
+    assert _entries(checkpoints) == {"step-000003", "step-000004"}
 
 
 def test_step_of_a_million_updates_still_sorts_last(checkpoints: Checkpoints) -> None:
@@ -204,7 +233,7 @@ def test_full_disk_is_found_before_writing(checkpoints: Checkpoints, monkeypatch
         match=r"^checkpoint of step 2 could not be saved \(disk full: .* needed, .* free in .*\); "
         r"the checkpoint of step 1 is untouched$",
     ):
-        checkpoints.save(2, *_state(2), "config")
+        checkpoints.save(2, _state(2), "config")
     assert _entries(checkpoints) == {"step-000001"}
     assert checkpoints.latest() == 1
     _assert_holds(checkpoints, 1)
@@ -213,31 +242,25 @@ def test_full_disk_is_found_before_writing(checkpoints: Checkpoints, monkeypatch
 def test_full_disk_at_the_first_save(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: _Usage(1000, 990, 10))
     with pytest.raises(SaveError, match=r"; there is no earlier checkpoint$"):
-        checkpoints.save(1, *_state(1), "config")
+        checkpoints.save(1, _state(1), "config")
     assert _entries(checkpoints) == set()
 
 
 def test_write_that_fails_half_way_leaves_the_earlier_checkpoint(checkpoints: Checkpoints) -> None:
     """A limit on file size makes the system refuse the larger weights while they are written."""
     _save(checkpoints, 1)
-    script = """
-        import resource, sys
-        from pathlib import Path
-        import torch
-        from srpo.checkpoint import Checkpoints, SaveError
 
+    def save() -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        try:
-            Checkpoints(Path(sys.argv[1]), 2).save(2, {"w": torch.ones(100_000)}, {}, "config")
-        except SaveError as error:
-            print(error)
-            sys.exit(7)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(script), str(checkpoints.directory)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ran.returncode == 7, ran.stderr
-    assert ran.stdout.startswith("checkpoint of step 2 could not be saved (")
-    assert ran.stdout.strip().endswith("the checkpoint of step 1 is untouched")
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        with pytest.raises(
+            SaveError, match=r"^checkpoint of step 2 could not be saved \(.*the checkpoint of step 1 is untouched$"
+        ):
+            checkpoints.save(2, {"w": torch.ones(100_000)}, "config")
+        return 7
+
+    _, status = os.waitpid(forked(save), 0)
+    assert os.waitstatus_to_exitcode(status) == 7
     assert _entries(checkpoints) == {"step-000001"}
     assert checkpoints.latest() == 1
     _assert_holds(checkpoints, 1)
@@ -297,12 +320,12 @@ def test_adamw_goes_on_bitwise_from_a_checkpoint(checkpoints: Checkpoints) -> No
     _train(first, optimizer, range(3))
     tensors = optimizer_tensors(optimizer, names)
     assert tensors.keys() == {f"{name}/{key}" for name in names for key in ("step", "exp_avg", "exp_avg_sq")}
-    checkpoints.save(3, first.state_dict(), tensors, "config")
+    checkpoints.save(3, {**first.state_dict(), **tensors}, "config")
 
     resumed, optimizer, names = _model_and_optimizer()
-    weights, state = checkpoints.load(3)
+    weights, saved = load_weights(checkpoints.path(3)), checkpoints.load(3)
     resumed.load_state_dict(weights)
-    load_optimizer_tensors(optimizer, names, state)
+    load_optimizer_tensors(optimizer, names, {name: saved[name] for name in tensors})
     _train(resumed, optimizer, range(3, 6))
     for got, expected in zip(resumed.parameters(), straight.parameters(), strict=True):
         assert torch.equal(got, expected)

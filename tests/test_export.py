@@ -58,7 +58,7 @@ def tuned_run(directory: Path, model: Path | str, *overrides: str, steps: tuple[
     log = RunLog(directory, start=0, total=len(steps), tensorboard=False)
     for step in steps:
         state = {name: t + 0.02 * torch.randn(t.shape, generator=random) for name, t in state.items()}
-        Checkpoints(directory / "checkpoints", len(steps)).save(step, state, {}, dump_config(config))
+        Checkpoints(directory / "checkpoints", len(steps)).save(step, state, dump_config(config))
         losses, scores = {"total": 1.0 / step, "denoise": 0.5 / step}, {"denoise": 0.1 * step}
         log.update(step, {"losses": losses, "scores": scores, "grad_norm": 3.0, "seconds": {"rollout": 1.0}})
     log.close()

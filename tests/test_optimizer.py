@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from srpo.checkpoint import load_optimizer_tensors, optimizer_tensors
+from srpo.saving import load_optimizer_tensors, optimizer_tensors
 from srpo.objective import SRPOConfig
 from srpo.optimizer import OptimizerConfig, load_optimizer, take_step
 

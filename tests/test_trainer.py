@@ -281,7 +281,7 @@ def test_non_finite_score_names_step_branch_and_prompt(poison: float, tmp_path: 
         trainer.fit()
     checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
     assert checkpoints.latest() == 1
-    saved, _ = checkpoints.load(1)
+    saved = checkpoints.load(1)
     for name, parameter in trainer.flux.transformer.state_dict().items():
         assert torch.equal(saved[name], parameter)
 
