@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "begin.h"
 #include "planner.h"
 
 namespace srpo {
@@ -128,6 +129,35 @@ inline Plan step_plan(const Tensors& weights, const Tensors& remainders, const T
 inline void check_scalars(const Tensor& steps, const Tensor& lr) {
   check_vector(steps, steps, ScalarType::Long, steps.numel(), "steps");
   check_vector(lr, steps, ScalarType::Double, 1, "lr");
+}
+
+// Where the steps of every parameter are counted, and the options of every group.
+struct Beginning {
+  std::vector<Taken> taken;
+  std::vector<Options> options;
+};
+
+inline Beginning beginning_of(const Tensors& gradients, const Tensors& steps, const std::vector<int64_t>& groups,
+                              const Tensors& lr, const std::vector<double>& numbers) {
+  STD_TORCH_CHECK(steps.size() == gradients.size() && groups.size() == gradients.size(),
+                  "adamw: steps and groups must be one for each gradient");
+  STD_TORCH_CHECK(numbers.size() == 4 * lr.size(), "adamw: numbers must be four for each lr");
+  Beginning found;
+  for (size_t i = 0; i < lr.size(); ++i) {
+    STD_TORCH_CHECK(lr[i].scalar_type() == ScalarType::Double && lr[i].numel() == 1, "adamw: lr must be one double each");
+    const double* at = lr[i].const_data_ptr<double>();
+    const double* four = &numbers[4 * i];
+    if (lr[i].is_cpu())
+      found.options.push_back({*at, nullptr, four[0], four[1], four[2], four[3]});
+    else
+      found.options.push_back({0, at, four[0], four[1], four[2], four[3]});
+  }
+  for (size_t i = 0; i < steps.size(); ++i) {
+    check_vector(steps[i], gradients[0], ScalarType::Float, 1, "steps");
+    STD_TORCH_CHECK(groups[i] >= 0 && size_t(groups[i]) < lr.size(), "adamw: no group ", groups[i]);
+    found.taken.push_back({steps[i].mutable_data_ptr<float>(), groups[i]});
+  }
+  return found;
 }
 
 inline Tensor integers(const Tensor& like, int64_t size) {

@@ -52,6 +52,22 @@ Tensor sums_of_squares(Tensors gradients) {
                 [&](int64_t begin, int64_t end, uint64_t* sums) { square_units(plan, begin, end, sums); });
 }
 
+Tensor adamw_begin(Tensors gradients, Tensors steps, std::vector<int64_t> groups, Tensors lr,
+                   std::vector<double> numbers, double max_norm) {
+  const Beginning beginning = beginning_of(gradients, steps, groups, lr, numbers);
+  const Tensor sums = sums_of_squares(gradients);
+  const int64_t count = int64_t(gradients.size());
+  Tensor result = integers(gradients[0], begun_words(count));
+  uint64_t* begun = static_cast<uint64_t*>(result.mutable_data_ptr());
+  std::memcpy(begun, sums.const_data_ptr(), kNormSums * sizeof *begun);
+  finish_norm(begun, max_norm);
+  for (int64_t i = 0; i < count; ++i) {
+    const Taken& taken = beginning.taken[size_t(i)];
+    begin_parameter(begun, i, count, taken, beginning.options[size_t(taken.group)]);
+  }
+  return result;
+}
+
 Tensor adamw_scalars(Tensor steps, Tensor lr, double beta1, double beta2, double eps, double weight_decay) {
   check_scalars(steps, lr);
   Tensor result = torch::stable::new_empty(steps, {steps.numel(), 7}, ScalarType::Float);
@@ -68,5 +84,6 @@ Tensor adamw_scalars(Tensor steps, Tensor lr, double beta1, double beta2, double
 STABLE_TORCH_LIBRARY_IMPL(srpo, CPU, m) {
   m.impl("adamw_step", TORCH_BOX(&srpo::adamw_step));
   m.impl("sums_of_squares", TORCH_BOX(&srpo::sums_of_squares));
+  m.impl("adamw_begin", TORCH_BOX(&srpo::adamw_begin));
   m.impl("adamw_scalars", TORCH_BOX(&srpo::adamw_scalars));
 }

@@ -3,7 +3,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
-#include <memory>
+#include <cstring>
+#include <mutex>
 
 #include "arguments.h"
 #include "cuda/adamw.cuh"
@@ -25,16 +26,43 @@ struct Place {
   }
 };
 
-// One launch for as many items as a table takes: 506 that are stepped alike, 1349 gradients.
-template <class Launch>
-void each_table(Plan& plan, bool mixed, const Launch& launch) {
-  const auto table = std::make_unique<Table>();
-  if (!mixed) std::stable_partition(plan.items.begin(), plan.items.end(), aligned);
-  for (size_t next = 0; next < plan.items.size();) {
-    next = pack(plan.items, next, mixed, *table);
-    launch(*table);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+// A copy of `words` on the device of `like`. A graph that is being captured finds it there: it is written at once, by
+// another stream, and kept for good.
+Tensor uploaded(const std::vector<uint64_t>& words, const Tensor& like, cudaStream_t stream) {
+  const int64_t count = int64_t(words.size());
+  Tensor result = torch::stable::new_empty(like, {count}, ScalarType::Long);
+  if (count == 0) return result;
+  const size_t bytes = words.size() * sizeof words[0];
+  cudaStreamCaptureStatus capturing;
+  STD_CUDA_CHECK(cudaStreamIsCapturing(stream, &capturing));
+  if (capturing == cudaStreamCaptureStatusNone) {
+    // Pinned memory is not given to others before the copy has been made.
+    const torch::stable::Device host(torch::headeronly::DeviceType::CPU);
+    Tensor pinned = torch::stable::empty({count}, ScalarType::Long, std::nullopt, host, true);
+    std::memcpy(pinned.mutable_data_ptr(), words.data(), bytes);
+    torch::stable::copy_(result, pinned, true);
+    return result;
   }
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  STD_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
+  cudaStream_t other;
+  STD_CUDA_CHECK(cudaStreamCreateWithFlags(&other, cudaStreamNonBlocking));
+  STD_CUDA_CHECK(cudaMemcpyAsync(result.mutable_data_ptr(), words.data(), bytes, cudaMemcpyHostToDevice, other));
+  STD_CUDA_CHECK(cudaStreamSynchronize(other));
+  STD_CUDA_CHECK(cudaStreamDestroy(other));
+  STD_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
+  static std::mutex mutex;
+  static auto* const kept = new std::vector<Tensor>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  kept->push_back(result);
+  return result;
+}
+
+// Zeros, by no kernel.
+Tensor cleared(const Tensor& like, int64_t size, int64_t zeros, cudaStream_t stream) {
+  Tensor result = torch::stable::new_empty(like, {size}, ScalarType::Long);
+  STD_CUDA_CHECK(cudaMemsetAsync(result.mutable_data_ptr(), 0, size_t(zeros) * sizeof(int64_t), stream));
+  return result;
 }
 
 Tensor adamw_step(Tensors weights, Tensors remainders, Tensors first, Tensors first_scales, Tensors second,
@@ -53,20 +81,64 @@ Tensor adamw_step(Tensors weights, Tensors remainders, Tensors first, Tensors fi
                   keys_of(uint64_t(seed)),
                   float(1 - ema_decay),
                   ema_every};
-  Tensor result = integers(gradients[0], kTelemetry);
+  Tensor result = cleared(gradients[0], kTelemetry, kTelemetry, place.stream);
   uint64_t* sums = static_cast<uint64_t*>(result.mutable_data_ptr());
-  each_table(plan, false, [&](const Table& table) {
+  Launches launches(plan, false);
+  const Tensor words = uploaded(launches.words, gradients[0], place.stream);
+  for (Table& table : launches.tables) {
+    table.words = static_cast<const uint64_t*>(words.const_data_ptr());
     launch_step(table, step, weights_as, moments_as, sums, place.multiprocessors, place.stream);
-  });
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
   return result;
 }
 
 Tensor sums_of_squares(Tensors gradients) {
   Plan plan = plan_of(gradients, {}, {});
   const Place place(gradients[0]);
-  Tensor result = integers(gradients[0], kNormSums);
-  uint64_t* sums = static_cast<uint64_t*>(result.mutable_data_ptr());
-  each_table(plan, true, [&](const Table& table) { launch_squares(table, sums, place.multiprocessors, place.stream); });
+  Tensor result = cleared(gradients[0], kNormSums, kNormSums, place.stream);
+  Launches launches(plan, true);
+  const Tensor words = uploaded(launches.words, gradients[0], place.stream);
+  for (Table& table : launches.tables) {
+    table.words = static_cast<const uint64_t*>(words.const_data_ptr());
+    launch_squares(table, Begin{}, static_cast<uint64_t*>(result.mutable_data_ptr()), place.multiprocessors,
+                   place.stream);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  return result;
+}
+
+// Appends as words what has a whole number of them, and returns where.
+template <class T>
+size_t append(std::vector<uint64_t>& words, const std::vector<T>& list) {
+  static_assert(sizeof(T) % sizeof(uint64_t) == 0, "words");
+  const size_t at = words.size();
+  words.resize(at + list.size() * sizeof(T) / sizeof(uint64_t));
+  std::memcpy(words.data() + at, list.data(), list.size() * sizeof(T));
+  return at;
+}
+
+Tensor adamw_begin(Tensors gradients, Tensors steps, std::vector<int64_t> groups, Tensors lr,
+                   std::vector<double> numbers, double max_norm) {
+  const Beginning beginning = beginning_of(gradients, steps, groups, lr, numbers);
+  Plan plan = plan_of(gradients, {}, {});
+  const Place place(gradients[0]);
+  Launches launches(plan, true);
+  if (launches.tables.empty()) launches.tables.emplace_back();
+  const size_t taken = append(launches.words, beginning.taken), options = append(launches.words, beginning.options);
+  const Tensor uploads = uploaded(launches.words, gradients[0], place.stream);
+  const uint64_t* words = static_cast<const uint64_t*>(uploads.const_data_ptr());
+  const int64_t count = int64_t(gradients.size());
+  Tensor result = cleared(gradients[0], begun_words(count), kNumbers, place.stream);
+  const Begin begin{reinterpret_cast<const Taken*>(words + taken), reinterpret_cast<const Options*>(words + options),
+                    count, max_norm};
+  for (Table& table : launches.tables) {
+    table.words = words;
+    const bool last = &table == &launches.tables.back();
+    launch_squares(table, last ? begin : Begin{}, static_cast<uint64_t*>(result.mutable_data_ptr()),
+                   place.multiprocessors, place.stream);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
   return result;
 }
 
@@ -88,5 +160,6 @@ Tensor adamw_scalars(Tensor steps, Tensor lr, double beta1, double beta2, double
 STABLE_TORCH_LIBRARY_IMPL(srpo, CUDA, m) {
   m.impl("adamw_step", TORCH_BOX(&srpo::adamw_step));
   m.impl("sums_of_squares", TORCH_BOX(&srpo::sums_of_squares));
+  m.impl("adamw_begin", TORCH_BOX(&srpo::adamw_begin));
   m.impl("adamw_scalars", TORCH_BOX(&srpo::adamw_scalars));
 }

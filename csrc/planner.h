@@ -68,20 +68,19 @@ struct Plan {
   }
 };
 
-// A launch's items by value in its arguments (32764 bytes at most, a step's numbers included), so that a captured graph
-// keeps them. Per item: columns and first unit; rows, gradient type, alignment and index; then the start and the
-// pointers that the launch needs.
+// The items of one launch. Per item, in `words` from `at` on: columns and first unit; rows, gradient type, alignment and
+// index; the start; the pointers that the launch needs. Words are in device memory, so no number of items is too large.
 struct Table {
-  static constexpr int kWords = 4048, kHeader = 2;
+  static constexpr int kHeader = 3;
+  const uint64_t* words = nullptr;
+  int64_t at = 0;
   int32_t items = 0, stride = 0, units = 0;
-  int8_t start = 0, position[kSlots] = {};  // of the start and of each pointer in an entry, or 0
-  uint64_t words[kWords];
+  int8_t position[kSlots] = {};  // of each pointer in an entry, or 0
+  bool aligned = false;          // all items
 };
 
-HD const uint64_t* entry(const Table& table, int item) { return table.words + item * table.stride; }
-HD int64_t entry_start(const Table& table, const uint64_t* words) {
-  return table.start ? int64_t(words[table.start]) : 0;
-}
+HD const uint64_t* entry(const Table& table, int item) { return table.words + table.at + int64_t(item) * table.stride; }
+HD int64_t entry_start(const uint64_t* words) { return int64_t(words[2]); }
 HD int32_t entry_columns(const uint64_t* words) { return int32_t(words[0]); }
 HD int32_t entry_first_unit(const uint64_t* words) { return int32_t(words[0] >> 32); }
 HD int32_t entry_rows(const uint64_t* words) { return int32_t(words[1]); }
@@ -96,31 +95,41 @@ inline bool aligned(const Item& item) {
   return found;
 }
 
-// Fills `table` with items from `first` on, as many as fit and, unless `mixed`, are aligned alike; returns the place of
-// the first one left over. Starts are for what draws random bits: steps.
-inline size_t pack(const std::vector<Item>& items, size_t first, bool mixed, Table& table) {
-  int stride = Table::kHeader;
-  table.start = items[first].pointer[kWeight] ? int8_t(stride++) : int8_t(0);
+// Appends to `words` the entries of items from `first` on that one launch takes: unless `mixed`, those aligned alike. The
+// place of the first one left over is the table's items further.
+inline Table pack(const std::vector<Item>& items, size_t first, bool mixed, std::vector<uint64_t>& words) {
+  Table table;
+  table.at = int64_t(words.size());
+  table.stride = Table::kHeader;
+  table.aligned = aligned(items[first]);
   for (int slot = 0; slot < kSlots; ++slot)
-    table.position[slot] = items[first].pointer[slot] ? int8_t(stride++) : int8_t(0);
-  table.stride = stride;
-  table.items = table.units = 0;
-  size_t next = first;
-  for (; next < items.size() && (table.items + 1) * stride <= Table::kWords; ++next, ++table.items) {
+    if (items[first].pointer[slot]) table.position[slot] = int8_t(table.stride++);
+  for (size_t next = first; next < items.size(); ++next, ++table.items) {
     const Item& item = items[next];
     const int64_t limit = int64_t(1) << 31, units = table.units + count_units(item.shard);
     if (item.shard.rows >= limit || item.shard.columns >= limit) throw std::length_error("adamw: a matrix too large");
-    if (units >= limit || (!mixed && aligned(item) != aligned(items[first]))) break;
-    uint64_t* words = table.words + table.items * stride;
+    if (units >= limit || (!mixed && aligned(item) != table.aligned)) break;
     const uint64_t flags = uint64_t(item.gradient) | uint64_t(aligned(item)) << 2 | uint64_t(item.index) << 3;
-    words[0] = uint64_t(item.shard.columns) | uint64_t(table.units) << 32;
-    words[1] = uint64_t(item.shard.rows) | flags << 32;
-    if (table.start) words[table.start] = uint64_t(item.shard.start);
+    words.push_back(uint64_t(item.shard.columns) | uint64_t(table.units) << 32);
+    words.push_back(uint64_t(item.shard.rows) | flags << 32);
+    words.push_back(uint64_t(item.shard.start));
     for (int slot = 0; slot < kSlots; ++slot)
-      if (table.position[slot]) words[table.position[slot]] = reinterpret_cast<uintptr_t>(item.pointer[slot]);
+      if (table.position[slot]) words.push_back(reinterpret_cast<uintptr_t>(item.pointer[slot]));
     table.units = int32_t(units);
   }
-  return next;
+  return table;
 }
+
+// All launches that a plan takes, and their words.
+struct Launches {
+  std::vector<Table> tables;
+  std::vector<uint64_t> words;
+
+  Launches(Plan& plan, bool mixed) {
+    if (!mixed) std::stable_partition(plan.items.begin(), plan.items.end(), aligned);
+    for (size_t next = 0; next < plan.items.size(); next += size_t(tables.back().items))
+      tables.push_back(pack(plan.items, next, mixed, words));
+  }
+};
 
 }  // namespace srpo

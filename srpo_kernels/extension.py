@@ -59,6 +59,13 @@ _STEP = (
 )
 # int64 [34]: 32 bins, the chunks whose sum is not finite, the elements that are not finite.
 _SQUARES = "(Tensor[] gradients) -> Tensor"
+# What the steps of all parameters begin with, in int64 words: the 34 above, the norm (double), the coefficient (fp32),
+# whether it is finite (bool), one word for the kernel; then the numbers of the coming steps [n] and, as fp32, their
+# `reference.Scalars` [n, 7]. `steps` (fp32, one element) are counted unless the norm is not finite. `groups` says whose
+# `lr` (a double; read now if it is on the CPU) and which four of `numbers` (beta1, beta2, eps, weight_decay) they take.
+_BEGIN = (
+    "(Tensor[] gradients, Tensor(a!)[] steps, int[] groups, Tensor[] lr, float[] numbers, float max_norm) -> Tensor"
+)
 # fp32 [n, 7]: `reference.Scalars` for every step number; lr is a double on the same device.
 _SCALARS = "(Tensor steps, Tensor lr, float beta1, float beta2, float eps, float weight_decay) -> Tensor"
 
@@ -71,6 +78,11 @@ def _squares_fake(gradients: list[Tensor]) -> Tensor:
     return gradients[0].new_empty(34, dtype=torch.int64)
 
 
+def _begin_fake(gradients: list[Tensor], *_: object) -> Tensor:
+    count = len(gradients)
+    return gradients[0].new_empty(38 + count + (7 * count + 1) // 2, dtype=torch.int64)
+
+
 def _scalars_fake(steps: Tensor, *_: object) -> Tensor:
     return steps.new_empty(steps.numel(), 7, dtype=torch.float32)
 
@@ -78,6 +90,7 @@ def _scalars_fake(steps: Tensor, *_: object) -> Tensor:
 for _name, _schema, _fake in (
     ("adamw_step", _STEP, _step_fake),
     ("sums_of_squares", _SQUARES, _squares_fake),
+    ("adamw_begin", _BEGIN, _begin_fake),
     ("adamw_scalars", _SCALARS, _scalars_fake),
 ):
     torch.library.define(f"srpo::{_name}", _schema)

@@ -1,6 +1,7 @@
 // The step and the norm on the CPU, over a range of a plan's units. Raw pointers, no torch header.
 #pragma once
 
+#include "../begin.h"
 #include "../planner.h"
 
 namespace srpo {
@@ -17,8 +18,6 @@ struct Step {
   int64_t average_every;
 };
 
-// Layout of `sums`: 32 bins, chunks whose sum is not finite, elements that are not finite.
-constexpr int kNormSums = 34;
 // 32 bins of the updates, 32 of the weights as stored, bf16 weights changed.
 constexpr int kTelemetry = 65;
 

@@ -159,9 +159,16 @@ __device__ void each_unit(const Table& table, const Use& use) {
   int item = 0;
   const uint32_t stride = gridDim.x * kWarps;
   for (uint32_t unit = blockIdx.x * kWarps + threadIdx.x / 32; unit < uint32_t(table.units); unit += stride) {
-    while (item + 1 < table.items && entry_first_unit(entry(table, item + 1)) <= int32_t(unit)) ++item;
+    for (int last = table.items - 1; item < last;) {  // the next items are the likeliest, of many all are near
+      const int middle = item + (last - item + 1) / 2;
+      if (entry_first_unit(entry(table, item + 1)) > int32_t(unit)) break;
+      if (entry_first_unit(entry(table, middle)) <= int32_t(unit))
+        item = middle;
+      else
+        last = middle - 1;
+    }
     const uint64_t* words = entry(table, item);
-    const Shard shard{entry_rows(words), entry_columns(words), entry_start(table, words)};
+    const Shard shard{entry_rows(words), entry_columns(words), entry_start(words)};
     use(words, shard, unit_at(shard, unit - uint32_t(entry_first_unit(words))));
   }
 }
@@ -493,7 +500,7 @@ __device__ int square_unit(const Table& table, const uint64_t* words, const Shar
 }
 
 __global__ void __launch_bounds__(kThreads, kSquareBlocks)
-    square_kernel(const __grid_constant__ Table table, unsigned long long* sums) {
+    square_kernel(const __grid_constant__ Table table, const __grid_constant__ Begin begin, unsigned long long* sums) {
   __shared__ unsigned long long bins[kNormSums];
   if (threadIdx.x < kNormSums) bins[threadIdx.x] = 0;
   __syncthreads();
@@ -506,6 +513,21 @@ __global__ void __launch_bounds__(kThreads, kSquareBlocks)
   if (threadIdx.x % 32 == 0 && lost) atomicAdd(bins + kBins + 1, (unsigned long long)lost);
   __syncthreads();
   if (threadIdx.x < kNormSums && bins[threadIdx.x]) atomicAdd(sums + threadIdx.x, bins[threadIdx.x]);
+  if (!begin.taken) return;
+
+  // The last block sees what all have added.
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(sums + kTicket, 1) == gridDim.x - 1;
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  uint64_t* begun = reinterpret_cast<uint64_t*>(sums);
+  if (threadIdx.x == 0) finish_norm(begun, begin.max_norm);
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i < begin.parameters; i += kThreads)
+    begin_parameter(begun, i, begin.parameters, begin.taken[i], begin.options[begin.taken[i].group]);
 }
 
 __global__ void scalars_kernel(const int64_t* steps, const double* lr, double beta1, double beta2, double eps,
@@ -520,7 +542,7 @@ template <Weights kWeights, Moments kMoments>
 void launch_both(const Table& table, const Step& step, unsigned long long* sums, int multiprocessors,
                  cudaStream_t stream) {
   const int blocks = blocks_for(table, multiprocessors * kBlocks);
-  if (entry_aligned(table.words))
+  if (table.aligned)
     step_kernel<kWeights, kMoments, true><<<blocks, kThreads, 0, stream>>>(table, step, sums);
   else
     step_kernel<kWeights, kMoments, false><<<blocks, kThreads, 0, stream>>>(table, step, sums);
@@ -554,10 +576,10 @@ void launch_step(const Table& table, const Step& step, Weights weights, Moments 
     launch_as<Weights::kBf16Sr>(table, step, moments, to, multiprocessors, stream);
 }
 
-void launch_squares(const Table& table, uint64_t* sums, int multiprocessors, cudaStream_t stream) {
-  const int blocks = blocks_for(table, multiprocessors * kSquareBlocks);
+void launch_squares(const Table& table, const Begin& begin, uint64_t* sums, int multiprocessors, cudaStream_t stream) {
+  const int blocks = std::max(blocks_for(table, multiprocessors * kSquareBlocks), 1);  // one begins what has no elements
   auto* to = reinterpret_cast<unsigned long long*>(sums);
-  square_kernel<<<blocks, kThreads, 0, stream>>>(table, to);
+  square_kernel<<<blocks, kThreads, 0, stream>>>(table, begin, to);
 }
 
 void launch_scalars(const int64_t* steps, const double* lr, double beta1, double beta2, double eps,

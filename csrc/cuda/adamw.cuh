@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "../begin.h"
 #include "../planner.h"
 
 namespace srpo {
@@ -18,15 +19,21 @@ struct Step {
   int64_t average_every;
 };
 
-// Layout of `sums`: 32 bins, chunks whose sum is not finite, elements that are not finite.
-constexpr int kNormSums = 34;
+// What a launch of squares does when all others are done: the last block begins the step.
+struct Begin {
+  const Taken* taken = nullptr;  // of every parameter; null if there is nothing to begin
+  const Options* options = nullptr;
+  int64_t parameters = 0;
+  double max_norm = 0;
+};
+
 // 32 bins of the updates, 32 of the weights as stored, bf16 weights changed.
 constexpr int kTelemetry = 65;
 
 // Both add to `sums`, integers, so the order of blocks does not matter.
 void launch_step(const Table& table, const Step& step, Weights weights, Moments moments, uint64_t* sums,
                  int multiprocessors, cudaStream_t stream);
-void launch_squares(const Table& table, uint64_t* sums, int multiprocessors, cudaStream_t stream);
+void launch_squares(const Table& table, const Begin& begin, uint64_t* sums, int multiprocessors, cudaStream_t stream);
 void launch_scalars(const int64_t* steps, const double* lr, double beta1, double beta2, double eps,
                     double weight_decay, Scalars* out, int count, cudaStream_t stream);
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from srpo_kernels.optim import states
 from srpo_kernels.optim.averages import averages_in_place, check_averages
+from srpo_kernels.optim.beginning import begin, begins
 from srpo_kernels.optim.compiled import advance_alike, takes
 from srpo_kernels.optim.eager import advance
 from srpo_kernels.optim.norm import GradientNorm, gradient_norm
@@ -80,7 +82,7 @@ class AdamW(Optimizer):
     The remainder of a split weight belongs to the bf16 half beside it: load weights before the optimizer's state.
     """
 
-    telemetry: dict[str, Tensor]
+    _telemetry: dict[str, Tensor] | Callable[[], dict[str, Tensor]]
     _in_backward: StepInBackward | None = None  # who steps instead, if anyone
     _averaged = False  # whether parameters are the averages
 
@@ -126,8 +128,8 @@ class AdamW(Optimizer):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("max_grad_norm", "seed", "offload", "telemetry")}
-        return {**super().__getstate__(), **own}
+        own = {name: getattr(self, name) for name in ("max_grad_norm", "seed", "offload")}
+        return {**super().__getstate__(), **own, "_telemetry": self.telemetry}
 
     # --- stepping -----------------------------------------------------------------------------
 
@@ -151,11 +153,32 @@ class AdamW(Optimizer):
         if self._in_backward is not None:
             self._in_backward._end()
         elif work := work_for(self, with_gradients(self)):
-            norm = gradient_norm([gradient for _, group in work for _, gradient in group])
-            self.telemetry = telemetry(norm, self._advance(work, norm, self._coefficient(norm)), stepped(work))
+            self._step(work)
         if self.offload != "none":
             wait_for_copies(next(iter(places(self))).device)
         return loss
+
+    def _step(self, work: Work) -> None:
+        alike = [(group, list_) for group, members in work for list_ in _alike(members)]
+        if not begins(alike):
+            norm = gradient_norm([gradient for _, group in work for _, gradient in group])
+            self.telemetry = telemetry(norm, self._advance(work, norm, self._coefficient(norm)), stepped(work))
+            return
+        norm, coefficient, numbers = begin(alike, self.max_grad_norm)
+        sums: list[Sums] = [
+            ((), advance_alike(group, members, steps, norm, coefficient, scalars))
+            for (group, members), (steps, scalars) in zip(alike, numbers, strict=True)
+        ]
+        self._telemetry = partial(telemetry, norm, sums, stepped(work))  # its many small launches only if it is read
+
+    @property
+    def telemetry(self) -> dict[str, Tensor]:
+        """Of the last step, see the class."""
+        return self._telemetry() if callable(self._telemetry) else self._telemetry
+
+    @telemetry.setter
+    def telemetry(self, found: dict[str, Tensor]) -> None:
+        self._telemetry = found
 
     def _coefficient(self, norm: GradientNorm) -> Tensor:
         if self.max_grad_norm is None:

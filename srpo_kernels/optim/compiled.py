@@ -17,14 +17,14 @@ from srpo_kernels.optim.storage import Storage
 if TYPE_CHECKING:
     from srpo_kernels.optim.norm import GradientNorm
 
-__all__ = ["advance_alike", "available", "operators", "takes"]
+__all__ = ["advance_alike", "available", "operators", "takes", "triton_takes"]
 
 _HAS_TRITON = find_spec("triton") is not None
 
 
 def available(device: torch.device) -> bool:
     """Whether `operators` on lists of tensors exist for `device`."""
-    return extension.available(device) or _triton(device)
+    return extension.available(device) or triton_takes(device)
 
 
 def operators(device: torch.device) -> Any:
@@ -32,12 +32,13 @@ def operators(device: torch.device) -> Any:
 
     With TRITON_INTERPRET=1 CPU tensors take Triton's, as they do in every operator.
     """
-    if _triton(device):
+    if triton_takes(device):
         return importlib.import_module("srpo_kernels._triton.adamw")
     return torch.ops.srpo
 
 
-def _triton(device: torch.device) -> bool:
+def triton_takes(device: torch.device) -> bool:
+    """Whether Triton does what the extension would."""
     wanted = interpreting() if device.type == "cpu" else device.type == "cuda" and not extension.available(device)
     return wanted and _HAS_TRITON
 
@@ -54,20 +55,20 @@ def advance_alike(
     steps: Tensor,
     norm: GradientNorm,
     coefficient: Tensor,
+    scalars: Tensor | None = None,
 ) -> Tensor:
-    """Step `members`, with their gradients, whose numbers of the coming step are `steps`; returns telemetry's sums."""
+    """Step `members`, with their gradients, whose numbers of the coming step are `steps`; returns telemetry's sums.
+
+    With `scalars`, from `beginning.begin`, steps are counted already.
+    """
     storages = [storage for storage, _ in members]
 
     def stored(name: str) -> list[Tensor]:
         return [local(storage.state[name]) for storage in storages if name in storage.state]
 
-    rate = group["lr"]
-    if not isinstance(rate, Tensor):
-        rate = torch.full((), rate, dtype=torch.float64, device=steps.device)  # a fill: no copy from the host
-    ops = operators(steps.device)
-    scalars = ops.adamw_scalars(
-        steps, rate.detach().to(steps.device, torch.float64), *group["betas"], group["eps"], group["weight_decay"]
-    )
+    ops, counted = operators(steps.device), scalars is not None
+    if scalars is None:
+        scalars = _scalars(ops, group, steps)
     weights = [local(storage.parameter).detach() for storage in storages]
     changing = {
         name: stored(name)
@@ -92,7 +93,16 @@ def advance_alike(
         storages[0].weights,
         storages[0].moments,
     )
-    torch._foreach_add_([storage.state["step"] for storage in storages], norm.finite.float())
+    if not counted:
+        torch._foreach_add_([storage.state["step"] for storage in storages], norm.finite.float())
     for changed in [list(map(local, (storage.parameter for storage in storages))), *changing.values()]:
         torch.autograd.graph.increment_version(changed)
     return sums
+
+
+def _scalars(ops: Any, group: dict[str, Any], steps: Tensor) -> Tensor:
+    rate = group["lr"]
+    if not isinstance(rate, Tensor):
+        rate = torch.full((), rate, dtype=torch.float64, device=steps.device)  # a fill: no copy from the host
+    rate = rate.detach().to(steps.device, torch.float64)
+    return ops.adamw_scalars(steps, rate, *group["betas"], group["eps"], group["weight_decay"])
