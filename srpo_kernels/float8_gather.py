@@ -51,11 +51,13 @@ def gather_float8(module: nn.Module) -> list[str]:
         raise ValueError("gather_float8: module has no Float8Linear; see convert_to_float8")
     shards = {name: _shards(name, layer.weight) for name, layer in layers.items()}
     gathered = {name: layer for name, layer in layers.items() if shards[name] > 1}
+    chosen = set(gathered.values())
     for unit in module.modules():
-        if gathered and isinstance(unit, FSDPModule):
+        inside = [layer for layer in _layers(unit).values() if layer in chosen]
+        if inside and isinstance(unit, FSDPModule):
             # Prepended after FSDP2's own hook was, it runs before that.
-            unit.register_forward_pre_hook(partial(_before_forward, list(_layers(unit).values())), prepend=True)
-    _attach(gathered.values())
+            unit.register_forward_pre_hook(partial(_before_forward, inside), prepend=True)
+    _attach(chosen)
     return list(gathered)
 
 
@@ -88,9 +90,9 @@ def _before_forward(layers: list[Float8Linear], _module: nn.Module, _arguments: 
 
 
 def _attach(layers: Iterable[Float8Linear]) -> None:
-    """Give the shards the methods that FSDP2 looks for on them, unless they are replaced ones and have them."""
+    """Give shards the methods that FSDP2 looks for on them. One that has replaced another has none yet."""
     for layer in layers:
-        shard: Any = getattr(layer.weight, "_local_tensor", None)  # None while the weight is gathered
+        shard: Any = getattr(layer.weight, "_local_tensor", None)  # None of a weight that is gathered now
         if shard is not None and not hasattr(shard, "fsdp_pre_all_gather"):
             shard.fsdp_pre_all_gather = partial(_pre_all_gather, layer)
             shard.fsdp_post_all_gather = partial(_post_all_gather, layer.out_features)

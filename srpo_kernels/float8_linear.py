@@ -133,15 +133,14 @@ class _Multiply(torch.autograd.Function):
             weight, scale = weight.quantized
         wants_x, wants_weight, _, wants_bias, _ = ctx.needs_input_grad
         rows = gradient.reshape(-1, gradient.shape[-1])
-        weight_dtype, bias_dtype = ctx.dtypes
         dx = dweight = dbias = None
         if wants_x:
             of_rows = _input_gradient_fp8 if ctx.backward_in == "fp8" else _input_gradient
             dx = of_rows(rows, weight, scale).view(*gradient.shape[:-1], ctx.inputs)
         if wants_weight:
-            dweight = (rows.T @ x.reshape(-1, ctx.inputs)).to(weight_dtype)
+            dweight = (rows.T @ x.reshape(-1, ctx.inputs)).to(ctx.dtypes[0])
         if wants_bias:
-            dbias = rows.sum(0).to(bias_dtype)
+            dbias = rows.sum(0).to(ctx.dtypes[1])
         return dx, dweight, None, dbias, None
 
 
