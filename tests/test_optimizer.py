@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from srpo.saving import load_optimizer_tensors, optimizer_tensors
 from srpo.objective import SRPOConfig
 from srpo.optimizer import OptimizerConfig, load_optimizer, take_step
+from srpo.saving import load_optimizer_tensors, optimizer_tensors
 
 
 def _train(offload: str, steps: int = 2) -> tuple[nn.Parameter, torch.optim.Optimizer]:

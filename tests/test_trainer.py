@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections import namedtuple
 from functools import partial
@@ -20,6 +21,7 @@ from srpo.distributed import Ranks
 from srpo.errors import InputError
 from srpo.models import Flux
 from srpo.runlog import read_log
+from srpo.sealed import content_digest
 from srpo.tiny.digits import export_images
 from srpo.trainer import NonFiniteError, Trainer
 
@@ -47,9 +49,10 @@ def modes(images: Path) -> dict[str, list[str]]:
 def test_resumed_run_is_bitwise_the_uninterrupted_one(mode: str, images: Path, tmp_path: Path) -> None:
     changes = modes(images)[mode]
     Trainer(quick_config(tmp_path / "whole", "srpo.updates=3", *changes)).fit()
-    Trainer(quick_config(tmp_path / "parts", "srpo.updates=1", *changes)).fit()
+    part = random.Random(mode).randint(1, 2)
+    Trainer(quick_config(tmp_path / "parts", f"srpo.updates={part}", *changes)).fit()
     resumed = Trainer(quick_config(tmp_path / "parts", "srpo.updates=3", *changes), resume=True)
-    assert resumed.start == 1
+    assert resumed.start == part
     resumed.fit()
     assert state_of(tmp_path / "whole", 3) == state_of(tmp_path / "parts", 3)
     without_times = [
@@ -108,6 +111,32 @@ def test_noise_is_shared_or_independent(tmp_path: Path) -> None:
     assert shared[0].shape[0] == 1
     rows = torch.cat(independent).flatten(1)
     assert len(rows.unique(dim=0)) == len(rows) == 8
+
+
+def test_any_number_of_ranks_draws_the_same(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts, noises and timesteps of an update; and so of one after a resumption on another number of ranks."""
+    changes = ["srpo.batch_size=8", "run.micro_batch=1", "run.draws_per_rollout=2", *modes(images)["mixed"]]
+    trainer = Trainer(quick_config(tmp_path, *changes))
+    monkeypatch.setattr(srpo.batches, "rollout", lambda _, noise, *__, **___: noise)
+    batches, update = trainer.batches, trainer.update
+
+    def draws(step: int, world: int) -> set[tuple[object, ...]]:
+        batches.count = srpo.batches.clean_batches(trainer.config, world)
+        found = set()
+        for rank in range(world):
+            batches._ranks = Ranks(rank, world, torch.device("cpu"))
+            for index in range(batches.count):
+                batch = batches.load(step, index, lambda: None)
+                contents = (content_digest({"x0": batch.x0, "noise": batch.noise}), batch.captions[0].text)
+                for number in range(2):
+                    draw = update.draw(step, f"{batches.number(index)}/{number}", batch)
+                    found.add((*contents, draw.timestep, draw.loss.item()))
+        return found
+
+    for step in random.Random(0).sample(range(1000), 2):
+        one = draws(step, 1)
+        assert len({contents for contents, *_ in one}) == 4, "batches of one image, two draws of each"
+        assert draws(step, 2) == draws(step, 4) == one
 
 
 def test_prompts_of_ranks_and_steps_do_not_repeat_within_an_epoch(tmp_path: Path) -> None:
