@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Models this small run fastest on one thread, many times so when the other core is busy.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup extension demo test lint readme gpu gpu-dry docs tables clean
+.PHONY: setup extension demo test static lint readme gpu gpu-dry docs tables clean
 
 setup: $(VENV)/installed
 
@@ -34,6 +34,9 @@ gpu:  ## test and time everything on this machine's GPU in under ten minutes, wi
 
 gpu-dry: setup  ## every line of it, on tiny shapes and no GPU
 	$(BIN)/python -m benchmarks gpu --dry --out runs/gpu-dry $(if $(PARTS),--parts $(PARTS))
+
+static: setup  ## kernels and models without a GPU, held against benchmarks/pins
+	$(BIN)/python -m benchmarks static
 
 lint: setup
 	$(BIN)/ruff check .

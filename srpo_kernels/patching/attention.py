@@ -87,11 +87,11 @@ def remade_in_backward(
     """
     if torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return nullcontext()
-    storages = {tensor.untyped_storage().data_ptr(): index for index, tensor in enumerate(tensors)}
+    storages = {tensor.untyped_storage()._cdata: index for index, tensor in enumerate(tensors)}
     made: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Any:
-        index = storages.get(tensor.untyped_storage().data_ptr())
+        index = storages.get(tensor.untyped_storage()._cdata)
         if index is None:
             return tensor
         return index, tensor.size(), tensor.stride(), tensor.storage_offset()

@@ -15,7 +15,7 @@ __all__ = ["Launch", "Trace"]
 #: Make a tensor or a view without reading or writing memory, whatever their schema says.
 _FREE = frozenset({"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::_unsafe_view"})
 #: Bounded by arithmetic: GEMMs and attention.
-_COMPUTE = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product", "aten::_flash_attention")
+_COMPUTE = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_", "aten::_flash_attention", "srpo::fp8_linear")
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,9 @@ class Trace(TorchDispatchMode):
         inputs, outputs = (
             [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in ((args, kwargs), result)
         )
-        if func._schema.name not in _FREE:
-            self.launches.append(Launch(func._schema.name, sum(t.nbytes for t in [*inputs, *outputs])))
+        name = func._schema.name
+        if (inputs or outputs) and not name.startswith("prim::") and name not in _FREE:  # or it asks a question
+            self.launches.append(Launch(name, sum(t.nbytes for t in [*inputs, *outputs])))
         given = {tensor.untyped_storage()._cdata for tensor in inputs}
         for storage in (tensor.untyped_storage() for tensor in outputs):
             if storage._cdata not in given:
