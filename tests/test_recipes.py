@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import yaml
 from plan_helpers import each_size_once  # noqa: F401
 
+from srpo.cli import _parser
 from srpo.config import dump_config, load_config
 from srpo.hardware import GPUS, Gpu, parse_gpu
 from srpo.objective import SRPOConfig
@@ -192,3 +194,56 @@ def test_two_ranks_save_on_usr1_and_go_on(tmp_path: Path) -> None:
     done = subprocess.run([*command, f"srpo.updates={total}", "--resume"], env=environment, timeout=240, check=False)
     assert done.returncode == 0
     assert f'"step": {total}' in (run / "log.jsonl").read_text()
+
+
+# --- docs/training.md -----------------------------------------------------------------------
+
+
+def commands(page: str) -> list[list[str]]:
+    """The shell commands in a page's blocks, as words."""
+    found, inside = [], False
+    for line in page.replace("\\\n", " ").splitlines():
+        if line.startswith("```"):
+            inside = line == "```bash"
+        elif inside and (words := shlex.split(line, comments=True)):
+            found.append(words)
+    return found
+
+
+def test_commands_of_the_training_page_are_ones() -> None:
+    """Options as the command line has them, overrides as recipes have them; scripts that exist."""
+    seen = set()
+    for words in commands((ROOT / "docs/training.md").read_text()):
+        while "=" in words[0]:  # environment
+            words = words[1:]
+        if words[0] == "sbatch":
+            assert (ROOT / words[3]).is_file()
+            words = ["srpo", "train", *words[4:]]
+        elif words[0] == "examples/torchrun.sh":
+            assert (ROOT / words[0]).is_file()
+            words = ["srpo", "train", *words[1:]]
+        assert words[0] == "srpo"
+        options, rest = _parser().parse_known_args(words[1:])
+        assert all("=" in word for word in rest), words
+        recipe = getattr(options, "recipe", None) or (options.source if words[1] == "data" else None)
+        if recipe:
+            assert load_config(recipe, [*options.overrides, *rest])
+        seen.add(words[1])
+    assert seen == {"data", "plan", "embed", "train", "sample", "export"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpu", "count"),
+    [("flux-dev-hps-1gpu-h200", "H200", 1), ("flux-dev-hps-1gpu-h20", "H20", 1), ("flux-dev-hps", "H20", 32)],
+)
+def test_times_of_the_training_page_are_the_plan_s(recipe: str, gpu: str, count: int) -> None:
+    row = next(
+        line
+        for line in (ROOT / "docs/training.md").read_text().splitlines()
+        if line.startswith(f"| {count} x {gpu} | `{recipe}")
+    )
+    words = shlex.split(row.split("`")[1])[1:]
+    made = plan(recipe, GPUS[gpu], *words, "model.text_cache=x", count=count)
+    seconds, total = (cell.strip() for cell in row.split("|")[4:6])
+    assert seconds == f"{made.seconds:.0f}"
+    assert total == f"{20 * made.seconds / 60:.0f} min"
