@@ -101,7 +101,7 @@ def add_adapters(transformer: Any, config: LoraConfig, seed: int, *, float8: boo
     try:
         import peft
     except ImportError:
-        raise InputError("model.lora needs peft (pip install peft)") from None
+        raise InputError("model.lora needs peft (pip install 'srpo-kernels[lora]')") from None
     names = config.layers(transformer)
     transformer.requires_grad_(False)
     if float8:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,7 +27,7 @@ from srpo.config import dump_config, load_config
 from srpo.digests import weights_fingerprint
 from srpo.errors import InputError
 from srpo.export import export_run
-from srpo.lora import LoraConfig, merge
+from srpo.lora import LoraConfig, add_adapters, merge
 from srpo.lora_file import LORA_NAME, from_kohya, to_kohya
 from srpo.models import Flux
 from srpo.runlog import read_log
@@ -126,6 +127,12 @@ def test_layer_of_a_block_that_is_not_there() -> None:
         Flux.load(TINY, lora=LoraConfig(targets=("to_k", "transformer_blocks.9.attn.to_q")), max_sequence_length=16)
 
 
+def test_peft_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(InputError, match=r"model\.lora needs peft \(pip install 'srpo-kernels\[lora\]'\)"):
+        add_adapters(torch.nn.Linear(1, 1), LoraConfig(), 0)
+
+
 def test_adapters_start_from_the_seed_and_change_nothing() -> None:
     def loaded(seed: int, targets: str = "attention") -> dict[str, Tensor]:
         torch.manual_seed(seed + 7)  # must not matter
@@ -133,6 +140,8 @@ def test_adapters_start_from_the_seed_and_change_nothing() -> None:
         return dict(Flux.load(TINY, lora=lora, seed=seed, max_sequence_length=16).trainable())
 
     found, more = loaded(0), loaded(0, "all")
+    plain = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(TINY / "transformer"))
+    assert {name.partition(".lora_")[0] for name in more} == set(LoraConfig(targets="all").layers(plain))
     assert len(more) > len(found)
     assert all(torch.equal(tensor, more[name]) for name, tensor in found.items())
     other = loaded(1)
