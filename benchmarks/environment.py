@@ -21,7 +21,7 @@ import srpo_kernels
 from benchmarks.nvml import Gpu
 from benchmarks.schema import Device, Git, Software
 
-__all__ = ["device", "git", "gpu", "memory_gb_s", "rehearse", "software"]
+__all__ = ["device", "git", "gpu", "gpu_visible", "memory_gb_s", "rehearse", "software"]
 
 _PACKAGES = ("torchvision", "diffusers", "transformers", "open_clip_torch", "liger-kernel", "torchao", "bitsandbytes")
 #: Variables that change what runs. Values with a path in them are not kept.
@@ -66,7 +66,7 @@ def software() -> Software:
 
 def device() -> Device:
     """The GPU in use, or the processor's architecture."""
-    if not torch.cuda.is_available():
+    if not gpu_visible():
         return Device(name="cpu")
     found = torch.cuda.get_device_properties(torch.cuda.current_device())
     return Device(
@@ -83,19 +83,25 @@ def device() -> Device:
 @cache
 def gpu() -> Gpu:
     """NVML's view of torch's current device."""
-    there = torch.cuda.is_available()
-    return Gpu(str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid) if there else None)
+    if not gpu_visible():
+        return Gpu(None)
+    return Gpu(str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))
+
+
+def gpu_visible() -> bool:
+    """Whether torch has a GPU that is not hidden; hiding it works at any time, though torch looks only once."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") != "" and torch.cuda.is_available()
 
 
 def rehearse() -> None:
-    """Hide the GPU, before CUDA is first used, and compile nothing: every line runs, none is timed."""
+    """Hide the GPU, from child processes too, and compile nothing: every line runs, none is timed."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.compiler.set_stance("force_eager")
 
 
 def memory_gb_s() -> float | None:
     """Bus width times memory clock, both edges: what no kernel can exceed. None where the driver tells neither."""
-    if not torch.cuda.is_available():
+    if not gpu_visible():
         return None
     found = torch.cuda.get_device_properties(torch.cuda.current_device())
     width, kilohertz = getattr(found, "memory_bus_width", 0), getattr(found, "memory_clock_rate", 0)

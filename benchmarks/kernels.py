@@ -29,8 +29,9 @@ from benchmarks.peers import liger
 from benchmarks.report.quick import quick_table
 from benchmarks.schema import SCHEMA, Ceilings, Measurement, Process, Run, now, write
 
-__all__ = ["Plan", "backward", "call_of", "forward", "measurements", "new_run", "planned_of", "status"]
+__all__ = ["Plan", "backward", "call_of", "forward", "measurements", "new_run", "planned_of", "regex", "status"]
 
+MATCH = "regular expression on `operator [shape], mode`, after which peers have `, eager` and so on"
 UNMEASURED = "not measured: no GPU"
 _TRIES, _PAUSE = 3, 5.0
 _ABOVE_PEAK = 1.02  # of the memory's rate: what is faster was not read
@@ -93,15 +94,14 @@ def _measured(
     call = call_of(case, planned)
     cache = copies.cache if copies else "none"
     planned = replace(planned, recipe=_recipe(case, inputs[0]), contract={**planned.contract, "cache": cache})
+    planned = replace(planned, peak_gb=_peak_gb(partial(call, inputs[0])))
     problem, process, timed = None, None, None
     for _ in range(_TRIES):
         before = environment.gpu().conditions()
-        peak = _reset_peak()
         timed = timing.samples(call, inputs, warm=3.0 if plan.regime == "sustained" else 0.0)
         if not timed.milliseconds:
             break
         process = Process.of(timed.milliseconds, **environment.gpu().conditions().since(before))
-        planned = replace(planned, peak_gb=(torch.cuda.max_memory_allocated() - peak) / 1e9)
         problem = _problem(planned, process, cache, ceilings)
         if problem is None:
             break
@@ -158,12 +158,15 @@ def _nbytes(inputs: dict[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in inputs.values())
 
 
-def _reset_peak() -> int:
-    """Bytes held now, the peak beginning there."""
+def _peak_gb(call: Callable[[], Any]) -> float | None:
+    """What one call allocates at most beyond its inputs, its result included."""
     if not timing.has_clock():
-        return 0
+        return None
+    call()  # compiles
     torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
+    before = torch.cuda.memory_allocated()
+    call()
+    return (torch.cuda.max_memory_allocated() - before) / 1e9
 
 
 def _recipe(case: Case, inputs: dict[str, Tensor]) -> str:
@@ -188,11 +191,18 @@ def status(run: Run) -> int:
     return 4 if any(measurement.status == "error" for measurement in run.measurements) else 0
 
 
+def regex(text: str) -> str:
+    """`text`, if it is a regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
+    return text
+
+
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks kernels", description=__doc__)
-    parser.add_argument(
-        "--match", default="", help="regular expression on `operator [shape], mode`, peers' with `, eager` and so on"
-    )
+    parser.add_argument("--match", type=regex, default="", help=MATCH)
     parser.add_argument("--procs", type=int, default=1, help="fresh processes (default 1; verdicts need 5)")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds, then the rest is skipped")
     parser.add_argument("--regime", choices=("sustained", "burst"), default="sustained", help="default %(default)s")
@@ -212,11 +222,11 @@ def main(arguments: Sequence[str]) -> int:
 
 def _one(options: argparse.Namespace) -> Run:
     timed = timing.has_clock() and not options.dry
+    if not timed:
+        environment.rehearse()
     plan = Plan(
         options.match, options.budget, options.regime, options.energy, "cuda" if timed else "cpu", small=not timed
     )
-    if not timed:
-        environment.rehearse()
     ceilings = timing.ceilings()
     run = new_run("kernels", ceilings)
     return replace(run, measurements=list(measurements(plan, ceilings)))

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 from benchmarks.cases import cases
 from benchmarks.gpu import PARTS, parts
-from benchmarks.kernels import Plan, planned_of
+from benchmarks.kernels import MATCH, Plan, planned_of, regex
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks list", description=__doc__)
-    parser.add_argument("--match", default="", help="regular expression")
+    parser.add_argument("--match", type=regex, default="", help=MATCH)
     options = parser.parse_args(arguments)
     names = [planned.id for case in cases("cpu") for planned in planned_of(case, Plan())]
     print(*(name for name in names if re.search(options.match, name)), sep="\n")

@@ -55,7 +55,7 @@ class Gpu:
         if self._library is not None and uuid is not None:
             with suppress(self._library.NVMLError):
                 self._library.nvmlInit()
-                self._handle = self._library.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+                self._handle = self._library.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-')}")
 
     def ask(self, name: str, *arguments: Any) -> Any:
         """What ``nvmlDevice<name>`` returns, or None."""

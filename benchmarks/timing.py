@@ -50,7 +50,7 @@ class Timed:
 
 def has_clock() -> bool:
     """Whether there is a GPU to time on."""
-    return torch.cuda.is_available()
+    return environment.gpu_visible()
 
 
 def rotation(nbytes: int) -> Rotation:
@@ -129,9 +129,9 @@ def measured(form: str, mode: str, run: Callable[[], Any], flops: int | None = N
     before, began = environment.gpu().conditions(), time.perf_counter()
     run()
     torch.cuda.synchronize()
-    once = time.perf_counter() - began
+    once, peak = time.perf_counter() - began, torch.cuda.max_memory_allocated()
     times = samples(lambda _: run(), [None], repeats=max(3, min(10, int(3 / once)))).milliseconds
-    row |= {"ms": statistics.median(times), "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+    row |= {"ms": statistics.median(times), "peak_gb": peak / 1e9}
     if flops is not None:
         row["tflop_s"] = flops / (row["ms"] * 1e-3) / 1e12
     print(", ".join(f"{key} {value:.1f}" if isinstance(value, float) else str(value) for key, value in row.items()))

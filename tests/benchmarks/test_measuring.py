@@ -298,6 +298,11 @@ def test_a_fresh_process_writes_a_result_that_can_be_read() -> None:
 
 
 def test_bad_options_are_status_2() -> None:
-    for arguments in (["kernels", "--procs", "0"], ["noise", "--procs", "4"], ["ab", ".", ".", "--procs", "0"]):
+    for arguments in (
+        ["kernels", "--procs", "0"],
+        ["kernels", "--match", "("],
+        ["noise", "--procs", "4"],
+        ["ab", ".", ".", "--procs", "0"],
+    ):
         with pytest.raises(SystemExit, match="2"):
             main(arguments)
