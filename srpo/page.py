@@ -29,7 +29,7 @@ pre { overflow-x: auto; background: #f5f6f8; padding: 1rem; font-size: .85rem }
 @media (max-width: 40rem) { body { margin: 1rem auto } th, td { padding: .25rem .4rem; font-size: .85rem } }
 .bad { color: #a40000; font-weight: 600 } .note { color: var(--quiet) }
 """
-_WIDEST = 1280  # pixels: a picture beyond this is shrunk, and a JPEG
+_WIDEST = 1440  # pixels: a picture beyond this is shrunk, and a JPEG
 
 
 def write_page(path: Path, title: str, sections: Sequence[str]) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -99,9 +100,10 @@ class Validation:
             return
         values = {name: fmean(of.values()) for name, of in seen.measured.items()}
         grids = dict(self._grids(step, self._reference, seen))
-        for path, grid in grids.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            grid.save(path)
+        with _lost("samples"):
+            for path, grid in grids.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                grid.save(path)
         if section.best is not None and step:
             self._choose(step, values[section.best])
         for breach in warned:
@@ -120,7 +122,8 @@ class Validation:
         """Look at step 0, and keep it in the run's directory."""
         seen = self._looker.look(None)
         if self._ranks.is_main:
-            seen.write(self._directory, self._looker.key)
+            with _lost("what step 0 showed"):
+                seen.write(self._directory, self._looker.key)
         return seen
 
     def _grids(self, step: int, start: Reference, seen: Reference) -> Iterator[tuple[Path, Image.Image]]:
@@ -138,7 +141,8 @@ class Validation:
         monitor = str(self.config.validation.best)
         if self._best is None or harm_of(monitor, value - self._best) < 0:
             self._best = value
-            write_best(self._directory, step, monitor, value)
+            with _lost("the name of the best checkpoint"):
+                write_best(self._directory, step, monitor, value)
 
     def _refuse_stopped(self, values: dict[str, float], step: int) -> None:
         limits, measured = self.config.validation.stops(), self._reference.measured if self._reference else {}
@@ -149,6 +153,15 @@ class Validation:
                     f"the run stopped at update {step}: {name} went from {start:.4g} to {value:.4g}, more than "
                     f"{limits[monitor]} away; raise validation.stop.{monitor} to go on"
                 )
+
+
+@contextmanager
+def _lost(what: str) -> Iterator[None]:
+    """A full disk is a warning here: the next checkpoint tells whether the run can go on."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"{what} could not be written: {error}", stacklevel=3)
 
 
 def _listed(found: list[Breach]) -> list[dict[str, Any]]:

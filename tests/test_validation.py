@@ -176,6 +176,18 @@ def test_measured_pixels_are_those_of_the_grid(whole: Path) -> None:
     assert {name: values[name] for name in means} == pytest.approx(means, rel=1e-12)
 
 
+def test_what_cannot_be_written_is_a_warning(whole: Path, tmp_path: Path) -> None:
+    trainer = Trainer(quick_config(tmp_path, "srpo.updates=1", *_LOOKS, "validation.best=alignment"))
+    for name in ("samples", "validation"):
+        (tmp_path / name).write_text("a file in the place of a folder")
+    (tmp_path / "best.json").mkdir()
+    with pytest.warns(UserWarning, match="could not be written") as caught:
+        trainer.fit()
+    told = {str(one.message).split(" could")[0] for one in caught}
+    assert told == {"samples", "what step 0 showed", "the name of the best checkpoint"}
+    assert [look["values"] for look in _looks(tmp_path)] == [look["values"] for look in _looks(whole)[:2]]
+
+
 # --- what they are for ----------------------------------------------------------------------------------------------
 
 
