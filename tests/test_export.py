@@ -431,7 +431,7 @@ def test_failure_leaves_nothing(
         monkeypatch.setattr("srpo.exported.model_card", fail)
         message = r"nothing was exported to --out .*out.*: No space left"
     else:
-        load: Callable[[Path], dict[str, Tensor]] = lambda _: {"x": torch.zeros(1)}  # noqa: E731
+        load: Callable[..., dict[str, Tensor]] = lambda _, **__: {"x": torch.zeros(1)}  # noqa: E731
         monkeypatch.setattr("srpo.exported.load_weights", load)
         message = "does not fit the base model" if name == "out" else "is no FLUX transformer"
     with pytest.raises(InputError, match=message):

@@ -185,9 +185,11 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> None:
     changes = ("model.precision=fp8", "srpo.learning_rate=1e-3")
     train(tmp_path / "whole", *changes, updates=2)
     train(tmp_path / "parts", *changes, updates=1)
-    train(tmp_path / "parts", *changes, updates=2, resume=True)
+    resumed = train(tmp_path / "parts", *changes, updates=2, resume=True).flux
     assert state_of(tmp_path / "whole", 2) == state_of(tmp_path / "parts", 2)
     assert read_log(tmp_path / "whole")[1]["losses"] == read_log(tmp_path / "parts")[1]["losses"]
+    resumed.unpatch()
+    assert torch.equal(velocity(load_flux(open_source(tmp_path / "parts")).transformer), velocity(resumed.transformer))
 
 
 def test_adapters_belong_to_their_settings_and_base(tmp_path: Path) -> None:
