@@ -2,15 +2,18 @@
 
     python -m benchmarks.optimizer_accuracy [--json PATH] [--steps 20 200 1500]
 
-Moments of every mode beside those of other libraries, whose rounding is restated here; and what weights keep.
+Moments of every mode beside those of other libraries, whose rounding is restated here, and beside the libraries
+themselves where they are installed (both run on the CPU; torchao compiles its step first); and what weights keep.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,18 @@ from torch import Tensor
 
 from srpo_kernels.optim import AdamW
 
-__all__ = ["LR", "PEERS", "Float64", "displacement_error", "gradients", "moment_errors", "peer_errors", "weight_errors"]
+__all__ = [
+    "LIBRARIES",
+    "LR",
+    "PEERS",
+    "Float64",
+    "displacement_error",
+    "gradients",
+    "library_errors",
+    "moment_errors",
+    "peer_errors",
+    "weight_errors",
+]
 
 LR = 5e-6
 RMS = 9e-7  # of a gradient of norm 0.1 over FLUX's 11.9 B parameters
@@ -119,6 +133,10 @@ PEERS = {
 }
 
 
+#: Those that can be installed from PyPI and run on a CPU (FlashOptim is a Triton kernel).
+LIBRARIES = ("bitsandbytes", "torchao")
+
+
 # --- measurements ---------------------------------------------------------------------------------
 
 Errors = dict[str, tuple[float, float]]  # relative error and gain by name
@@ -149,6 +167,17 @@ def peer_errors(rms: float, steps: int, *, rows: int = 32) -> Errors:
         for run in (exact, *peers.values()):
             run.step(gradient)
     return {name: displacement_error(run.weight, exact.weight) for name, run in peers.items()}
+
+
+def library_errors(library: str, rms: float, steps: int, *, rows: int = 32) -> tuple[float, float]:
+    """The same of the 8-bit AdamW of `LIBRARIES` itself."""
+    parameter, exact = torch.nn.Parameter(torch.zeros(rows, 512)), Float64(torch.zeros(rows, 512))
+    optimizer = importlib.import_module(f"{library}.optim").AdamW8bit([parameter], lr=LR, weight_decay=0.0)
+    for gradient in gradients(rms, steps, rows=rows):
+        exact.step(gradient)
+        parameter.grad = gradient
+        optimizer.step()
+    return displacement_error(parameter.detach(), exact.weight)
 
 
 def weight_errors(steps: int, *, sigma: float = 0.02, rows: int = 32) -> Errors:
@@ -182,6 +211,7 @@ def main() -> None:
     for steps in options.steps:
         found = {
             "moments": moment_errors(["M4", "M3", "M2"], RMS, steps) | peer_errors(RMS, steps),
+            "library": {name: library_errors(name, RMS, steps) for name in LIBRARIES if find_spec(name)},
             "weights": weight_errors(steps),
         }
         for kind, errors in found.items():

@@ -18,14 +18,11 @@ __all__ = ["begin", "begins"]
 
 
 def begins(alike: Work) -> bool:
-    """Whether `begin` can take all of these: on one device, whole, and with the extension."""
-    kept = [storage for _, members in alike for storage, _ in members]
+    """Whether `begin` can take these lists of parameters stored alike: on one device, whole, and by the extension."""
+    kept = [members[0][0] for _, members in alike]
     devices = {storage.parameter.device for storage in kept}
-    return (
-        len(devices) == 1
-        and all(takes(storage) and not storage.hosted and not shard_groups(storage.parameter) for storage in kept)
-        and not triton_takes(kept[0].parameter.device)
-    )
+    whole = all(takes(storage) and not storage.hosted and not shard_groups(storage.parameter) for storage in kept)
+    return len(devices) == 1 and whole and not triton_takes(kept[0].parameter.device)
 
 
 def begin(alike: Work, max_norm: float | None) -> tuple[GradientNorm, Tensor, list[tuple[Tensor, Tensor]]]:

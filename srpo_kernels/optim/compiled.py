@@ -74,10 +74,10 @@ def advance_alike(
         name: stored(name)
         for name in ("remainder", "exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale", "ema")
     }
-    starts = [
-        storage.offset + local_rows(storage.parameter)[0] * matrix(weight).shape[1]
-        for storage, weight in zip(storages, weights, strict=True)
-    ]
+    starts = []
+    for storage, weight in zip(storages, weights, strict=True):
+        row = local_rows(storage.parameter)[0]
+        starts.append(storage.offset + (row and row * matrix(weight).shape[1]))
     sums = ops.adamw_step(
         weights,
         *changing.values(),

@@ -14,6 +14,8 @@ from srpo_kernels.optim.storage import MOMENTS, OFFLOADS, WEIGHTS
 
 __all__ = ["check_gradient", "check_group", "check_options"]
 
+_GRADIENTS = (torch.float32, torch.bfloat16)
+
 
 def check_options(max_grad_norm: float | None, seed: int, offload: str) -> None:
     """Raise `ValueError` unless the options that hold for all groups are usable."""
@@ -62,8 +64,11 @@ def check_gradient(parameter: Tensor, number: int, index: int) -> Tensor:
     """Gradient of parameter `index` of group `number`; raises `TypeError` or `ValueError` unless it can be used."""
     gradient = parameter.grad
     assert gradient is not None
+    plain = type(gradient) is Tensor and not isinstance(parameter, DTensor)
+    if plain and gradient.dtype in _GRADIENTS and gradient.layout == torch.strided:
+        return gradient  # nearly always, and there are a thousand
     where = f"AdamW: group {number}: the gradient of parameter {index}"
-    if gradient.dtype not in (torch.float32, torch.bfloat16):
+    if gradient.dtype not in _GRADIENTS:
         raise TypeError(f"{where} is {gradient.dtype}; torch.float32 and torch.bfloat16 are supported")
     if gradient.layout != torch.strided:
         raise TypeError(f"{where} is {gradient.layout}; only dense gradients are supported")

@@ -59,7 +59,6 @@ class Storage:
     hosted: frozenset[str] = frozenset()  # states in host memory, pinned where the parameter is on a GPU
 
     @classmethod
-    @torch.no_grad()
     def of(
         cls,
         parameter: Tensor,
@@ -77,6 +76,7 @@ class Storage:
             storage._initialise(group["ema_decay"] is not None)
         return storage
 
+    @torch.no_grad()
     def _initialise(self, ema: bool) -> None:
         mine = local(self.parameter)
 

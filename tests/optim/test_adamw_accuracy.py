@@ -12,6 +12,7 @@ from benchmarks.optimizer_accuracy import (
     Float64,
     displacement_error,
     gradients,
+    library_errors,
     moment_errors,
     peer_errors,
 )
@@ -97,6 +98,15 @@ def test_compressed_moments_beat_other_libraries(steps: int) -> None:
     ours = moment_errors(["M3", "M2"], 9e-7, steps)
     for name, (error, _) in peer_errors(9e-7, steps).items():
         assert max(own for own, _ in ours.values()) < error, name
+
+
+@pytest.mark.parametrize("library", ["bitsandbytes", pytest.param("torchao", marks=pytest.mark.slow)])
+def test_compressed_moments_beat_the_libraries_themselves(library: str) -> None:
+    """Where they are installed; torchao compiles for a minute. What is restated above is never the worse of the two."""
+    pytest.importorskip(library)
+    error, _ = library_errors(library, 9e-7, 20)
+    assert max(own for own, _ in moment_errors(["M3", "M2"], 9e-7, 20).values()) < error
+    assert peer_errors(9e-7, 20)[library][0] < 1.01 * error
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,14 @@ from srpo_kernels.optim import AdamW, adamw, norm
 needs_extension = pytest.mark.skipif(not available("cpu"), reason="srpo_kernels._C is not built")
 
 
-def run(weights: str, moments: str) -> tuple[list[Any], dict[str, torch.Tensor]]:
+def run(weights: str, moments: str, strided: bool) -> tuple[list[Any], dict[str, torch.Tensor]]:
     """Parameters, states and telemetry after three steps, the second of which has a NaN."""
     generator = torch.Generator().manual_seed(0)
     dtype = torch.float32 if weights == "fp32" else torch.bfloat16
     shapes = [(160, 130), (7,), (130, 3, 50), (1, 20000), (0, 4), (2, 3)]
     parameters = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
-    strided = nn.Parameter(torch.randn(150, 120, generator=generator).to(dtype).T)
-    parameters.append(strided)
+    if strided:
+        parameters.append(nn.Parameter(torch.randn(150, 120, generator=generator).to(dtype).T))
     optimizer = AdamW(
         parameters, lr=1e-3, weights=weights, moments=moments, max_grad_norm=0.1, ema_decay=0.9, ema_every=2, seed=5
     )
@@ -37,13 +37,17 @@ def run(weights: str, moments: str) -> tuple[list[Any], dict[str, torch.Tensor]]
 
 
 @needs_extension
+@pytest.mark.parametrize("strided", [False, True], ids=["begun at once", "strided"])
 @pytest.mark.parametrize("weights", ["fp32", "split32", "split24", "bf16_sr"])
 @pytest.mark.parametrize("moments", ["fp32", "M4", "M3", "M2"])
-def test_with_and_without_the_extension(weights: str, moments: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled, telemetry = run(weights, moments)
+def test_with_and_without_the_extension(
+    weights: str, moments: str, strided: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, telemetry = run(weights, moments, strided)
     monkeypatch.setattr(adamw, "takes", lambda _: False)
+    monkeypatch.setattr(adamw, "begins", lambda _: False)
     monkeypatch.setattr(norm, "available", lambda _: False)
-    plain, expected = run(weights, moments)
+    plain, expected = run(weights, moments, strided)
     assert len(compiled) == len(plain)
     for a, b in zip(compiled, plain, strict=True):
         assert a.dtype == b.dtype
