@@ -27,6 +27,9 @@ from srpo.trainer import NonFiniteError, Trainer
 STATES = ("model.precision=bf16", "optimizer.moments=M2", "optimizer.ema_decay=0.5")
 QUICKER = ("srpo.batch_size=2", "run.micro_batch=1", "run.save_every=1", "run.keep=3", *STATES)
 
+#: Three images, of which two ranks make two and one.
+LOOKS = ("run.sample_every=1", "run.sample_count=3", "run.sample_steps=2")
+
 
 def config(run: Path, updates: int, *overrides: str) -> TrainConfig:
     return quick_config(run, f"srpo.updates={updates}", *QUICKER, *overrides)
@@ -40,9 +43,9 @@ def saved_again(trainer: Trainer, directory: Path) -> None:
 
 def main(folder: Path) -> None:
     fsdp = "run.sharding=fsdp"
-    Trainer(config(folder / "whole", 3, fsdp)).fit()
-    Trainer(config(folder / "parts", 1, fsdp)).fit()
-    resumed = Trainer(config(folder / "parts", 3, fsdp, "run.save_async=false"), resume=True)
+    Trainer(config(folder / "whole", 3, fsdp, *LOOKS)).fit()
+    Trainer(config(folder / "parts", 1, fsdp, *LOOKS)).fit()
+    resumed = Trainer(config(folder / "parts", 3, fsdp, *LOOKS, "run.save_async=false"), resume=True)
     assert resumed.start == 1
     resumed.fit()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import command, environment
-from ranks_resume import checkpoints, config, saved_again
+from ranks_resume import LOOKS, checkpoints, config, saved_again
 from torch import Tensor
 
 from srpo.checkpoint import Checkpoints, load_weights
@@ -23,7 +23,7 @@ from srpo.trainer import Trainer
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks left that passed their own checks and were stopped in the end."""
     path = tmp_path_factory.mktemp("ranks")
-    Trainer(config(path / "one", 1)).fit()
+    Trainer(config(path / "one", 1, *LOOKS)).fit()
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/ranks_resume.py", str(path)]
     output = path / "output"
     with (
@@ -60,6 +60,17 @@ def test_two_ranks_resume_bitwise(folder: Path) -> None:
     kinds = {tensor.dtype for tensor in wanted.values()}
     assert kinds == {torch.float32, torch.bfloat16, torch.int16, torch.uint8}
     _assert_equal(found, wanted)
+
+
+def test_two_ranks_see_what_one_does(folder: Path) -> None:
+    whole, parts, one = (
+        [{**look, "seconds": None} for look in read_log(folder / run, "validation")]
+        for run in ("whole", "parts", "one")
+    )
+    assert [look["step"] for look in whole] == [0, 1, 2, 3]
+    assert parts == whole
+    assert one[0] == whole[0]
+    assert whole[1]["values"]["drift@0.9"] > 0
 
 
 def test_one_rank_goes_on_from_two_and_two_from_one(folder: Path, tmp_path: Path) -> None:
