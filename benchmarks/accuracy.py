@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,15 +30,17 @@ def accuracy(case: Case, eager: Callable[[dict[str, Tensor]], Any], timed: Timed
     ):
         error, own = (_error(each, exact) for each in (actual, plain))
         allowed = 2 * own + torch.finfo(actual.dtype).eps
-        if not error / allowed <= worst["share"]:  # NaN is the worst
+        if error / allowed > worst["share"]:
             worst = {"error": error, "allowed": allowed, "share": error / allowed}
     return {key: worst[key] for key in ("error", "allowed")}
 
 
 def _error(actual: Tensor, exact: Tensor) -> float:
+    """Infinite where the shape differs or a value is not finite."""
     if actual.shape != exact.shape:
-        return float("inf")
-    return ((actual.float() - exact.float()).norm() / exact.float().norm().clamp_min(1e-30)).item()
+        return math.inf
+    error = ((actual.float() - exact.float()).norm() / exact.float().norm().clamp_min(1e-30)).item()
+    return error if math.isfinite(error) else math.inf
 
 
 def _tensors(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -110,7 +110,8 @@ def _measured(
     eager = call_of(case, replace(planned, form="eager"))
     errors = accuracy(case, eager, timed) if planned.form == "ours" else None
     if errors is not None and errors["error"] > errors["allowed"]:
-        return replace(planned, status="error", accuracy=errors, error="the result of a timed call is wrong")
+        message = f"a timed call is wrong: error {errors['error']:.2g}, allowed {errors['allowed']:.2g}"
+        return replace(planned, status="error", error=message)
     if process is None:
         return replace(planned, status="skipped", accuracy=errors, error=UNMEASURED)
     spent = joules(environment.gpu(), partial(call, inputs[0]), torch.cuda.synchronize) if plan.energy else None

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from fake_gpu import FakeNvml, NVMLError, install
+from simulated import run
 from torch import Tensor
 
 from benchmarks import kernels, nvml, peers, timing
@@ -19,7 +20,7 @@ from benchmarks.case import Case
 from benchmarks.cases import cases
 from benchmarks.fresh import measure
 from benchmarks.kernels import Plan, call_of, measurements, planned_of
-from benchmarks.schema import Ceilings, Measurement
+from benchmarks.schema import Ceilings, Measurement, read, write
 from srpo_kernels.patching.eager import EAGER
 
 _CEILINGS = Ceilings(copy_gb_s=4000.0, memory_gb_s=4800.0)
@@ -219,17 +220,19 @@ def broken(change: Any) -> list[Case]:
         lambda y: y.flatten()[:3],
         torch.zeros_like,
         lambda y: y / 0,
+        lambda y: torch.where(y == y.max(), torch.nan, y),
         lambda y: y.new_empty(0).sum() + y,
     ],
-    ids=["scaled", "shape", "zeros", "infinite", "right"],
+    ids=["scaled", "shape", "zeros", "infinite", "one NaN", "right"],
 )
-def test_a_wrong_result_is_an_error_and_no_time(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_result_is_an_error_and_no_time(change: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     install(monkeypatch)
     monkeypatch.setattr(kernels, "cases", lambda *_, **__: broken(change))
     found = by_id(replace(_PLAN, match="forward$"))["forward"]
     right = torch.equal(change(torch.ones(4)), torch.ones(4))
     assert found.status == ("ok" if right else "error")
     assert bool(found.processes) == right
+    assert read(write(run([found]), tmp_path / "run.json")).measurements == [found]
 
 
 def test_what_raises_is_an_error_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,13 +180,21 @@ def test_floors_are_the_larger_of_bytes_and_operations() -> None:
     assert floor_ms(measurement([1.0]), Ceilings()) is None
 
 
+def _drawn(base: Run, new: Run) -> str | None:
+    return roofline(compare(base, new).differences, _CEILINGS)
+
+
 def test_roofline_arrows_point_down_where_it_got_slower() -> None:
     base, new = sides(slower=1, same=0)
-    drawn = roofline(compare(base, new).differences, _CEILINGS)
+    drawn = _drawn(base, new)
     assert drawn is not None
     shaft = re.search(r'y1="([\d.]+)" x2="[\d.]+" y2="([\d.]+)" class="shaft v-slower"', drawn)
     assert shaft is not None
     assert float(shaft[1]) < float(shaft[2])
+    for before, after, up in ((base, new, False), (new, base, True)):
+        head = re.search(r'<polygon points="[\d.]+,([\d.]+) [\d.]+,([\d.]+) ', str(_drawn(before, after)))
+        assert head is not None
+        assert (float(head[1]) < float(head[2])) == up
     assert roofline(compare(base, new).differences, Ceilings()) is None
     assert phases({"": base}) is None
     assert history([base], base.measurements[0].id) is None
