@@ -12,8 +12,8 @@ __all__ = ["Points", "line_chart"]
 _WIDTH, _HEIGHT = 400, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 42, 40
 _COLOURS = ("#1f6fb4", "#d9730d", "#2a8f4c", "#8a4fbf", "#b8324f", "#4d5b6a", "#0f8b8d", "#9a7b00")
-#: Of levels: what was at first, a warning, an end.
-_LEVELS = (("#667788", "2 3"), ("#c77700", "6 4"), ("#a40000", "none"))
+#: Colour and dashes of the levels that there can be.
+_LEVELS = {"step 0": ("#667788", "2 3"), "warn": ("#c77700", "6 4"), "stop": ("#a40000", "none")}
 
 Points = tuple[Sequence[float], Sequence[float | None]]
 
@@ -21,10 +21,15 @@ Points = tuple[Sequence[float], Sequence[float | None]]
 def line_chart(
     title: str, x_label: str, series: Mapping[str, Points], levels: Mapping[str, Sequence[float]] | None = None
 ) -> str:
-    """Lines of name -> (x, y) and horizontal ones at `levels`, by name; a line has a gap where y is no number."""
-    axes = _Axes(series, levels or {})
+    """Lines of name -> (x, y) and horizontal ones at `levels` "step 0", "warn" and "stop".
+
+    What is no number is left out: a line has a gap there.
+    """
+    levels = {name: [*filter(_finite, values)] for name, values in (levels or {}).items()}
+    axes = _Axes(series, levels)
     parts, named = [_text(_WIDTH / 2, 17, title, 14, "middle", "600"), *axes.drawn(x_label)], []
-    for (name, values), (colour, dashes) in zip((levels or {}).items(), _LEVELS, strict=False):
+    for name, values in levels.items():
+        colour, dashes = _LEVELS[name]
         named.append((name, colour))
         for value in values:
             start, end = axes.place(axes.left, value), _WIDTH - _RIGHT

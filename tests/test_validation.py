@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from safetensors.torch import load_file
 
 import srpo.text_encoders
 from srpo.best import best_step
+from srpo.chart import line_chart
 from srpo.checkpoint import Checkpoints
 from srpo.cli import main
 from srpo.embed import embed_prompts
@@ -336,6 +339,25 @@ def test_report_of_a_run_in_progress_and_without_validation(whole: Path, tmp_pat
     assert "<h2>Training</h2>" in page
     with pytest.raises(InputError, match="is not a run directory"):
         training_report(tmp_path)
+
+
+def test_charts_place_what_they_are_given() -> None:
+    points = [0, 1, 2, 3, 4], [1.0, 3.0, math.nan, 2.0, None]
+    page = line_chart(
+        "A < B", "update", {"one & only": points}, {"step 0": [1.0], "warn": [0.0, 4.0], "stop": [math.nan]}
+    )
+    chart = ET.fromstring(page)
+    lines = [line.get("points").split() for line in chart.iter("polyline")]
+    assert [len(line) for line in lines] == [2, 1]  # gaps where there is no number
+    (first, second), (third,) = ([tuple(map(float, point.split(","))) for point in line] for line in lines)
+    assert (second[0] - first[0]) * 2 == pytest.approx(third[0] - second[0], abs=0.2)
+    assert first[1] - third[1] == pytest.approx(third[1] - second[1], abs=0.2)  # up is less
+    texts = ["".join(text.itertext()) for text in chart.iter("text")]
+    assert texts[0] == "A < B"
+    assert {"0", "1", "2", "3", "4", "update"} <= set(texts)
+    assert len([path for path in chart.iter("path") if path.get("stroke-dasharray")]) == 3
+    for values in ([5.0], [0.0, 0.0], [1e-9, 2e-9], [-3e7, 4e7], [math.nan]):
+        ET.fromstring(line_chart("x", "update", {"y": (range(len(values)), values)}))
 
 
 # --- refused before any work ----------------------------------------------------------------------------------------
