@@ -34,7 +34,8 @@ def shard(transformer: Any, mesh: DeviceMesh, *, fp8_all_gather: bool = False) -
     """
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         fully_shard(block, mesh=mesh)
-    fully_shard(transformer, mesh=mesh)
+    # By default the root's own would stay gathered after a forward without backward, and not see the next update.
+    fully_shard(transformer, mesh=mesh, reshard_after_forward=True)
     if fp8_all_gather:
         gather_float8(transformer)
 

@@ -44,14 +44,13 @@ def counted(of: Setting) -> dict[str, Collective]:
 
 
 def check_sharded(of: Setting) -> None:
-    """Gathered: whole for each rollout; for each draw in forward and backward, but the root's once. Scattered: for each
-    backward, or once an update. Summed among replicas: once an update.
+    """Gathered: whole for each rollout, and for each draw in forward and backward. Scattered: in each backward, or once
+    an update. Summed among replicas: once an update.
     """
-    every = {name: padded(value, of.shards) for name, value in of.sizes.transformer.named_parameters()}
-    weights, root = sum(every.values()), sum(size for name, size in every.items() if "blocks." not in name)
+    weights = sum(padded(parameter, of.shards) for parameter in of.sizes.transformer.parameters())
     once = of.config.run.reduce == "update"
     found = counted(of)
-    assert found["all_gather"].bytes == of.weight_item * (of.batches * weights + of.draws * (2 * weights - root))
+    assert found["all_gather"].bytes == of.weight_item * weights * (of.batches + 2 * of.draws)
     assert found["reduce_scatter"].bytes == of.gradient_item * weights * (1 if once else of.draws)
     assert {found["all_gather"].ranks, found["reduce_scatter"].ranks} == {of.shards}
     units = 1 + sum(of.sizes.blocks)
