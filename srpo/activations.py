@@ -16,8 +16,8 @@ __all__ = ["keep_activations"]
 def keep_activations(config: TrainConfig, flux: Flux, ranks: int = 1) -> FluxPolicy:
     """Have the blocks of `flux` keep what ``model.checkpointing`` says.
 
-    "auto" is as much as fits beside all that each of `ranks` ranks will make, as `srpo plan` reckons it: to be called when
-    all models are loaded, and gradients and optimizer states are not there yet.
+    "auto" is as much as fits beside all that each of `ranks` ranks will make, as `srpo plan` reckons it: to be called
+    when all models are loaded, and gradients and optimizer states are not there yet.
     """
     height, width = flux.latent_size(config.srpo.height, config.srpo.width)
     free = None

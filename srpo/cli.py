@@ -182,6 +182,14 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _rewards_list(options: argparse.Namespace) -> int:
+    from srpo.rewards.config import describe_types
+
+    del options
+    print(describe_types())
+    return 0
+
+
 def _rewards_score(options: argparse.Namespace) -> int:
     from srpo.rewards.scoring import as_table, score_folder, write_scores
 
@@ -303,8 +311,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", help="also write the plan to this file")
     plan.set_defaults(run=_plan)
 
-    rewards = commands.add_parser("rewards", help="score images by a reward, convert its files")
+    rewards = commands.add_parser("rewards", help="list kinds of rewards, score images by one, convert its files")
     kinds = rewards.add_subparsers(required=True, metavar="what")
+    kinds.add_parser("list", help="every type of reward and the keys of a recipe that it takes").set_defaults(
+        run=_rewards_list
+    )
     score = kinds.add_parser("score", help="score a folder of images by a recipe's reward")
     score.add_argument("folder", help="images; their prompts are in metadata.jsonl, or --prompt")
     score.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")

@@ -50,7 +50,7 @@ class SRPOConfig:
 
     # Semantic Relative Preference
     form: Form = "official"
-    discount_denoise: tuple[float, float] = (0.1, 0.25)  # kappa from the first to the last timestep
+    discount_denoise: tuple[float, float] = (0.1, 0.25)  # kappa from the cleanest to the noisiest level
     discount_inversion: tuple[float, float] = (0.3, 0.01)
     threshold: float | None = 0.7  # loss is relu(threshold - score); None: -score
     reward_logit_scale: bool = False  # multiply the cosine by the reward's exp(logit_scale)

@@ -7,7 +7,7 @@ import json
 import pickle
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from srpo.errors import InputError
 from srpo.objective import SRPOConfig
 from srpo.rewards import CLIPReward, RewardConfig, load_reward
 from srpo.rewards.aesthetic import LAION_LAYERS
+from srpo.rewards.config import RewardModel
 from srpo.rewards.weights import checksum, read_state
 
 
@@ -238,3 +239,11 @@ def test_folder_that_cannot_be_scored_is_refused(
         "damaged": "0.png cannot be read as an image",
     }
     assert told[fault] in capsys.readouterr().err
+
+
+def test_list_names_every_type_and_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rewards", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    types = get_args(get_type_hints(RewardModel)["type"])
+    assert [line.split()[0] for line in lines] == list(types)
+    assert lines[types.index("clip")].endswith("reward.path, [processor]")

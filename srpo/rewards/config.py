@@ -11,7 +11,7 @@ from pydantic import ConfigDict
 from srpo.errors import InputError
 from srpo.objective import SRPOConfig
 
-__all__ = ["IMAGE_ONLY", "RewardConfig", "RewardModel", "RewardPart", "check_reward"]
+__all__ = ["IMAGE_ONLY", "RewardConfig", "RewardModel", "RewardPart", "check_reward", "describe_types"]
 
 #: Of each type the keys that it needs, and those that it may have.
 _KEYS: dict[str, tuple[set[str], set[str]]] = {
@@ -22,6 +22,16 @@ _KEYS: dict[str, tuple[set[str], set[str]]] = {
     "image_reward": ({"path", "processor"}, set()),
     "hpsv3": ({"path", "processor"}, set()),
     "mixture": ({"parts"}, set()),
+}
+#: What each type is.
+_KINDS = {
+    "clip": "a transformers CLIPModel: CLIP, PickScore",
+    "open_clip": "any open_clip model: HPSv2.1 (ViT-H-14), SigLIP",
+    "aesthetic": "LAION's aesthetic predictor v2, on CLIP ViT-L/14; reads no prompt",
+    "siglip_aesthetic": "an aesthetic predictor on SigLIP; reads no prompt",
+    "image_reward": "ImageReward: BLIP with a head",
+    "hpsv3": "HPSv3: Qwen2-VL with a head",
+    "mixture": "a weighted sum of others",
 }
 #: Types that read no prompt.
 IMAGE_ONLY = ("aesthetic", "siglip_aesthetic")
@@ -101,3 +111,12 @@ def check_reward(config: RewardConfig, objective: SRPOConfig) -> None:
         )
     if objective.reward_logit_scale and config.type not in (*_SCALED, "mixture"):
         raise InputError(f"srpo.reward_logit_scale must be false: reward type {config.type} has no logit scale")
+
+
+def describe_types() -> str:
+    """A line for each type of reward: its name, what it is, the keys that it needs and [may have]."""
+    lines = []
+    for name, (needed, allowed) in _KEYS.items():
+        keys = [*sorted(needed, reverse=True), *(f"[{key}]" for key in sorted(allowed))]
+        lines.append(f"{name:17} {_KINDS[name]}; reward.{', '.join(keys)}")
+    return "\n".join(lines)
