@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -71,9 +72,10 @@ class Validation:
         if not self.config.run.sample_every:
             return
         found = Reference.read(self._directory, self._looker.key)
-        if self._ranks.any(found is None):
+        if self._ranks.any(found is None) or found is None:
             found = self._first_look()
         self._reference = found
+        self._check_measured(found.measured)
         records = [record for record in self._records() if record["step"] <= step]
         self._refuse_stopped(next((record["values"] for record in records if record["step"] == step), {}), step)
         monitor = self.config.validation.best
@@ -87,6 +89,8 @@ class Validation:
         """Look at the model after update `step`, and write what is seen; by all ranks. `log`: the main rank's.
 
         Warns of every limit of ``validation.warn`` that is passed.
+
+        Raises `InputError` at step 0 when ``validation.stop`` or ``validation.best`` asks for what cannot be measured.
         """
         began = time.perf_counter()
         if self._reference is None:
@@ -96,9 +100,11 @@ class Validation:
         section, start = self.config.validation, self._reference.measured
         warned = breaches(seen.measured, start, section.warnings())
         self.stopped = breaches(seen.measured, start, section.stops())
+        values = {name: fmean(of.values()) for name, of in seen.measured.items()}
+        if step == 0:
+            self._check_measured(values)
         if log is None:
             return
-        values = {name: fmean(of.values()) for name, of in seen.measured.items()}
         grids = dict(self._grids(step, self._reference, seen))
         with _lost("samples"):
             for path, grid in grids.items():
@@ -139,10 +145,21 @@ class Validation:
     def _choose(self, step: int, value: float) -> None:
         """Name `step` the best one if it is."""
         monitor = str(self.config.validation.best)
-        if self._best is None or harm_of(monitor, value - self._best) < 0:
+        if math.isfinite(value) and (self._best is None or harm_of(monitor, value - self._best) < 0):
             self._best = value
             with _lost("the name of the best checkpoint"):
                 write_best(self._directory, step, monitor, value)
+
+    def _check_measured(self, found: Collection[str]) -> None:
+        """No limit may be there in vain."""
+        section, monitors = self.config.validation, {name.partition("@")[0] for name in found}
+        for key, names in (("stop", [*section.stop]), ("best", [section.best] if section.best else [])):
+            for name in names:
+                if name not in monitors:
+                    raise InputError(
+                        f"validation.{key}: {name} cannot be measured in this run (diversity needs two images "
+                        "of a prompt, other monitors a reward that reads prompts: docs/monitors.md)"
+                    )
 
     def _refuse_stopped(self, values: dict[str, float], step: int) -> None:
         limits, measured = self.config.validation.stops(), self._reference.measured if self._reference else {}

@@ -313,6 +313,13 @@ def test_the_best_checkpoint_is_kept_and_used(tmp_path: Path, capsys: pytest.Cap
     assert "--best: no best checkpoint is named (validation.best)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("key", ["best=diversity", "stop={diversity: 1}", "stop={grid_patch: 1, diversity: 1}"])
+def test_a_limit_that_could_never_be_passed_is_refused(key: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"diversity cannot be measured in this run .* two images of a prompt"):
+        Trainer(quick_config(tmp_path, *_LOOKS, "validation.noises=1", f"validation.{key}")).fit()
+    assert read_log(tmp_path) == []
+
+
 # --- reports --------------------------------------------------------------------------------------------------------
 
 
@@ -373,6 +380,7 @@ def test_charts_place_what_they_are_given() -> None:
         (["validation.stop={zzz: 1}"], "validation.stop: unknown monitor 'zzz': monitors are reward, swapped"),
         (["validation.stop={chroma: lots}"], "validation.stop.chroma must be a number in the monitor's unit"),
         (["validation.best=lab_a"], "validation.best lab_a has no best value"),
+        (["validation.best=drift"], "validation.best drift has no best value but step 0's"),
         (["validation.best=held_out"], "asks for validation.held_out, which names no reward"),
         (
             ["validation.best=reward", "run.save_every=2", "run.sample_every=3"],

@@ -43,8 +43,10 @@ class ValidationConfig:
                         raise ValueError(f"validation.{key}.{name} {error}") from None
         if self.best is not None:
             _check_monitor("validation.best", self.best)
-            if MONITORS[self.best].harm == "either":
-                raise ValueError(f"validation.best {self.best} has no best value: any change of it does harm")
+            if self.best == "drift" or MONITORS[self.best].harm == "either":
+                raise ValueError(
+                    f"validation.best {self.best} has no best value but step 0's: any change of it does harm"
+                )
         if self.held_out is None and "held_out" in (*self.stop, self.best):
             raise ValueError("validation.stop or validation.best asks for validation.held_out, which names no reward")
 
