@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from itertools import product
 from typing import NamedTuple
 
@@ -91,6 +92,11 @@ class CleanBatches:
 
         `check` is called between rollout steps, and may raise.
         """
+        # One rank may roll out while another reads images: all gather sharded weights, though only some use them.
+        with self._flux.whole() if self.config.data.mode == "mixed" else nullcontext():
+            return self._load(step, index, check)
+
+    def _load(self, step: int, index: int, check: Callable[[], None]) -> CleanBatch:
         objective, run = self.config.srpo, self.config.run
         count = run.micro_batch
         if objective.noise == "shared":

@@ -147,6 +147,10 @@ class TrainConfig:
         check_validation(self.validation, self.run.sample_every, self.run.save_every)
         if self.run.sharding != "none" and self.optimizer.name != "srpo":
             raise ValueError("run.sharding needs optimizer.name srpo")
+        if self.run.rollout_gather == "blocks" and self.run.sharding != "none" and self.data.mode == "mixed":
+            raise ValueError(
+                "run.rollout_gather blocks needs all ranks to roll out together: data.mode must not be mixed"
+            )
         if self.run.rollout_gather == "blocks" and self.model.precision == "fp8-rollout":
             raise ValueError("run.rollout_gather blocks holds no e4m3 weights: model.precision must not be fp8-rollout")
         if self.model.lora and self.model.precision != "fp32" == self.optimizer.model_weights(self.model.precision):

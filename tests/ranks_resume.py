@@ -54,12 +54,22 @@ def main(folder: Path) -> None:
     saved_again(from_one, folder / "one-again")
     from_one.fit()
 
+    mixed(folder)
     signalled_in_rollout(folder)
     damage_is_seen_by_all(folder)
     for sharding in (fsdp, "run.sharding=none"):
         non_finite_on_one_rank(folder, sharding)
     failed_write_on_one_rank(folder)
     signalled_as_slurm_does(folder)
+
+
+def mixed(folder: Path) -> None:
+    """One rank rolls out, with weights that all gather, while the other reads images."""
+    images = (f"data.images={folder / 'images'}", "data.mode=mixed", "run.seed=1")
+    trainer = Trainer(config(folder / "mixed", 3, "run.sharding=fsdp", *images))
+    read = [trainer.ranks.together(lambda step=step: bool(trainer.batches.chosen(step, 0)[1])) for step in range(3)]
+    assert any(len(set(ranks)) == 2 for ranks in read), read
+    assert trainer.fit() == 3
 
 
 def signalled_in_rollout(folder: Path) -> None:

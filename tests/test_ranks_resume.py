@@ -16,6 +16,7 @@ from torch import Tensor
 
 from srpo.checkpoint import Checkpoints, load_weights
 from srpo.runlog import read_log
+from srpo.tiny.digits import export_images
 from srpo.trainer import Trainer
 
 
@@ -23,6 +24,7 @@ from srpo.trainer import Trainer
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks left that passed their own checks and were stopped in the end."""
     path = tmp_path_factory.mktemp("ranks")
+    export_images(path / "images", 12, 0)
     Trainer(config(path / "one", 1, *LOOKS)).fit()
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/ranks_resume.py", str(path)]
     output = path / "output"
