@@ -1,16 +1,14 @@
-"""The `srpo` command."""
+"""The `srpo` command: its arguments, and what its exit status means."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import os
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
+from srpo import commands
 from srpo.errors import InputError
 
 __all__ = ["main"]
@@ -56,203 +54,23 @@ def _quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _train(options: argparse.Namespace) -> int:
-    from srpo.best import best_of
-    from srpo.config import load_config
-    from srpo.report import training_report
-    from srpo.signals import REQUEUE
-    from srpo.trainer import Trainer
-
-    overrides = options.overrides + ([f"model.path={options.model}"] if options.model else [])
-    config = load_config(options.recipe, overrides)
-    trainer = Trainer(config, resume=options.resume)
-    if trainer.start:
-        print(f"resuming {config.run.dir} after update {trainer.start}")
-    done = trainer.fit()
-    if trainer.ranks.is_main:
-        report = training_report(trainer.directory)
-        state = "finished" if done == config.srpo.updates else "stopped; go on with --resume"
-        if limits := trainer.validation.stopped:
-            state = f"stopped by validation.stop; {best_of(trainer.directory)}"
-            print("\n".join(f"srpo: stopped: {limit}" for limit in limits), file=sys.stderr)
-        print(f"{config.run.dir}: {done}/{config.srpo.updates} updates, {state}. Report: {report}")
-    trainer.ranks.barrier()  # torchrun ends all ranks as soon as one has ended with a status
-    if trainer.validation.stopped:
-        return 3
-    return REQUEUE if trainer.stopped_by == "SIGUSR1" else 0
-
-
-def _sample(options: argparse.Namespace) -> int:
-    from srpo.prompts import read_prompts
-    from srpo.samples import open_source, write_samples
-
-    source = open_source(
-        options.source,
-        step=_step(options, options.source),
-        model=options.model,
-        recipe=options.recipe,
-        overrides=options.overrides,
-        ema=options.ema,
-    )
-    prompts = list(options.prompt)
-    if options.prompts:
-        prompts += [prompt.text for prompt in read_prompts(options.prompts, source.config.data.control_groups)]
-    out = Path(options.out)
-    written = write_samples(source, prompts, out, count=options.count, seed=options.seed)
-    print(f"{written} images in {out}")
-    return 0
-
-
-def _export(options: argparse.Namespace) -> int:
-    from srpo.export import export_run
-
-    out = export_run(
-        Path(options.run_directory),
-        Path(options.out),
-        step=_step(options, options.run_directory),
-        dtype=options.dtype,
-        layout=options.format,
-        shard_gb=options.shard_size,
-        ema=options.ema,
-    )
-    print(f"exported to {out}; its model card says how to load it")
-    return 0
-
-
-def _step(options: argparse.Namespace, directory: str) -> int | None:
-    """The step that --step or --best names."""
-    from srpo.best import best_of, best_step
-
-    if options.best and best_step(Path(directory)) is None:
-        raise InputError(f"--best: {best_of(Path(directory))} in {directory}")
-    return best_step(Path(directory)) if options.best else options.step
-
-
-def _report(options: argparse.Namespace) -> int:
-    from srpo.report import training_report
-
-    print(training_report(Path(options.run_directory)))
-    return 0
-
-
-def _data(options: argparse.Namespace) -> int:
-    from srpo.data_report import data_report
-
-    text, usable = data_report(options.source, options.overrides, options.model)
-    print(text)
-    return 0 if usable else 2
-
-
-def _embed(options: argparse.Namespace) -> int:
-    from srpo.config import load_config
-    from srpo.embed import embed_prompts
-
-    overrides = options.overrides + ([f"model.path={options.model}"] if options.model else [])
-    config = load_config(options.recipe, overrides)
-    done = embed_prompts(config, options.out, shard=options.shard, report=lambda line: print(line, flush=True))
-    redone = f", {done.damaged} damaged shards deleted" if done.damaged else ""
-    print(f"{done.prompts} prompts in {done.directory}: {done.computed} computed by this process{redone}")
-    return 0
-
-
-def _demo(options: argparse.Namespace) -> int:
-    from srpo.demo import run_demo
-
-    free = (Path(f"runs/demo-{number}") for number in itertools.count(1))
-    out = Path(options.out) if options.out else next(path for path in free if not path.exists())
-    return run_demo(out, options.control)
-
-
-def _plan(options: argparse.Namespace) -> int:
-    from srpo.config import load_config
-    from srpo.hardware import parse_gpu
-    from srpo.plan import make_plan
-
-    overrides = options.overrides + ([f"model.path={options.model}"] if options.model else [])
-    config, gpu = load_config(options.recipe, overrides), parse_gpu(options.gpu)
-    plan = make_plan(
-        options.recipe, config, gpu, options.count, results=Path(options.results), collectives=options.collectives
-    )
-    if options.json:
-        try:
-            Path(options.json).write_text(json.dumps(plan.as_dict(), indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{options.json} cannot be written: {error}") from None
-    print(plan)
-    return 0
-
-
-def _rewards_list(options: argparse.Namespace) -> int:
-    from srpo.rewards.config import describe_types
-
-    del options
-    print(describe_types())
-    return 0
-
-
-def _rewards_score(options: argparse.Namespace) -> int:
-    from srpo.rewards.scoring import as_table, score_folder, write_scores
-
-    overrides, device = options.overrides, options.device
-    if options.out and Path(options.out).exists():
-        raise InputError(f"output {options.out} already exists; choose another or remove it")
-    recipe, folder = options.reward_recipe, Path(options.folder)
-    scores, files = score_folder(folder, recipe, overrides, prompt=options.prompt, device=device)
-    for file, digest in files.items():
-        print(f"{file}: SHA-256 {digest}")
-    print(as_table(scores))
-    if options.out:
-        write_scores(Path(options.out), scores)
-    return 0
-
-
-def _rewards_convert(options: argparse.Namespace) -> int:
-    from srpo.rewards.convert import convert
-
-    source, out = Path(options.file), Path(options.out)
-    done = convert(source, out)
-    print(f"{source}: SHA-256 {done.source}")
-    print(f"{out}: SHA-256 {done.written}, {done.tensors} tensors of {done.parameters} numbers")
-    return 0
-
-
-def _tiny_build(options: argparse.Namespace) -> int:
-    from srpo.tiny.build import Steps, build
-
-    try:
-        build(Path(options.out), seed=options.seed, steps=Steps().scaled(options.scale))
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    return 0
-
-
-def _tiny_images(options: argparse.Namespace) -> int:
-    from srpo.files import new_directory
-    from srpo.tiny.digits import export_images
-
-    with new_directory(Path(options.out)) as temporary:
-        export_images(temporary, options.count, options.seed)
-    print(f"{options.count} captioned digits in {options.out}")
-    return 0
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="srpo", description="SRPO reward fine-tuning of FLUX.")
-    commands = parser.add_subparsers(required=True, metavar="command")
+    known = parser.add_subparsers(required=True, metavar="command")
 
-    demo = commands.add_parser("demo", help="steer the tiny model both ways, on this machine, in minutes")
+    demo = known.add_parser("demo", help="steer the tiny model both ways, on this machine, in minutes")
     demo.add_argument("--control", default="stroke", help="what to steer: stroke (bold, thin) or colour (red, blue)")
     demo.add_argument("--out", help="new directory for pictures, runs and report (default runs/demo-N)")
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=commands.demo)
 
-    train = commands.add_parser("train", help="fine-tune a model by a recipe")
+    train = known.add_parser("train", help="fine-tune a model by a recipe")
     train.add_argument("recipe", help="YAML file, or the name of a shipped recipe")
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
     train.add_argument("--model", help="pipeline directory, instead of the recipe's model.path")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in run.dir")
-    train.set_defaults(run=_train)
+    train.set_defaults(run=commands.train)
 
-    sample = commands.add_parser("sample", help="write images from a base model, a run's checkpoint or an export")
+    sample = known.add_parser("sample", help="write images from a base model, a run's checkpoint or an export")
     sample.add_argument("source", help="run, exported directory or file, or a recipe for its base model")
     sample.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
     sample.add_argument("--model", help="pipeline directory, instead of the recipe's model.path")
@@ -266,23 +84,23 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--count", type=_positive, default=1, help="images for each prompt (default %(default)s)")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--out", required=True, help="new directory for the images")
-    sample.set_defaults(run=_sample)
+    sample.set_defaults(run=commands.sample)
 
-    data = commands.add_parser("data", help="check prompts and images without training")
+    data = known.add_parser("data", help="check prompts and images without training")
     data.add_argument("source", help="recipe, prompt file (txt, jsonl, csv, parquet), image folder or image list")
     data.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
     data.add_argument("--model", help="pipeline directory whose tokenizers count tokens")
-    data.set_defaults(run=_data)
+    data.set_defaults(run=commands.data)
 
-    embed = commands.add_parser("embed", help="precompute the text embeddings of a recipe's prompts")
+    embed = known.add_parser("embed", help="precompute the text embeddings of a recipe's prompts")
     embed.add_argument("recipe", help="YAML file, or the name of a shipped recipe")
     embed.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
     embed.add_argument("--model", help="pipeline directory, instead of the recipe's model.path")
     embed.add_argument("--out", help="directory of the cache (default: the recipe's model.text_cache)")
     embed.add_argument("--shard", type=_positive, default=64, help="prompts in a file (default %(default)s)")
-    embed.set_defaults(run=_embed)
+    embed.set_defaults(run=commands.embed)
 
-    export = commands.add_parser("export", help="write a checkpoint for diffusers or ComfyUI")
+    export = known.add_parser("export", help="write a checkpoint for diffusers or ComfyUI")
     export.add_argument("run_directory", metavar="run", help="run directory")
     export.add_argument("--out", required=True, help="new directory; for (lora-)comfyui a new .safetensors file")
     formats = ("diffusers", "comfyui", "lora", "lora-comfyui")
@@ -294,13 +112,13 @@ def _parser() -> argparse.ArgumentParser:
     dtypes = ("fp32", "bf16", "fp8")
     export.add_argument("--dtype", choices=dtypes, help="of the transformer (default the run's); fp8: comfyui only")
     export.add_argument("--shard-size", type=float, metavar="GB", help="diffusers: files of at most this (default 10)")
-    export.set_defaults(run=_export)
+    export.set_defaults(run=commands.export)
 
-    report = commands.add_parser("report", help="write report.html of a run, finished or in progress")
+    report = known.add_parser("report", help="write report.html of a run, finished or in progress")
     report.add_argument("run_directory", metavar="run", help="run directory")
-    report.set_defaults(run=_report)
+    report.set_defaults(run=commands.report)
 
-    plan = commands.add_parser("plan", help="memory and time that a recipe needs on given GPUs; runs without any")
+    plan = known.add_parser("plan", help="memory and time that a recipe needs on given GPUs; runs without any")
     plan.add_argument("recipe", help="YAML file, or the name of a shipped recipe")
     plan.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
     plan.add_argument("--model", help="pipeline directory, instead of the recipe's model.path")
@@ -309,12 +127,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--results", default="benchmarks/results", help="measurements (default %(default)s)")
     plan.add_argument("--collectives", action="store_true", help="also count what ranks exchange (about a minute)")
     plan.add_argument("--json", help="also write the plan to this file")
-    plan.set_defaults(run=_plan)
+    plan.set_defaults(run=commands.plan)
 
-    rewards = commands.add_parser("rewards", help="list kinds of rewards, score images by one, convert its files")
+    rewards = known.add_parser("rewards", help="list kinds of rewards, score images by one, convert its files")
     kinds = rewards.add_subparsers(required=True, metavar="what")
     kinds.add_parser("list", help="every type of reward and the keys of a recipe that it takes").set_defaults(
-        run=_rewards_list
+        run=commands.rewards_list
     )
     score = kinds.add_parser("score", help="score a folder of images by a recipe's reward")
     score.add_argument("folder", help="images; their prompts are in metadata.jsonl, or --prompt")
@@ -325,23 +143,23 @@ def _parser() -> argparse.ArgumentParser:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU when there is one"
     )
     score.add_argument("--out", help="also write the scores to this new jsonl file")
-    score.set_defaults(run=_rewards_score)
+    score.set_defaults(run=commands.rewards_score)
     convert = kinds.add_parser("convert", help="write a .pt file of weights as safetensors with a checksum")
     convert.add_argument("file", help="file that holds named tensors only")
     convert.add_argument("--out", required=True, help="new .safetensors file; FILE.sha256 is written beside it")
-    convert.set_defaults(run=_rewards_convert)
+    convert.set_defaults(run=commands.rewards_convert)
 
-    tiny = commands.add_parser("tiny", help="the tiny world's own files").add_subparsers(required=True, metavar="what")
+    tiny = known.add_parser("tiny", help="the tiny world's own files").add_subparsers(required=True, metavar="what")
     build = tiny.add_parser("build", help="train the tiny pipeline and reward afresh, as shipped")
     build.add_argument("--out", required=True, help="new directory")
     build.add_argument("--seed", type=int, default=0)
     build.add_argument("--scale", type=float, default=1.0, help="factor of all training lengths (default %(default)s)")
-    build.set_defaults(run=_tiny_build)
+    build.set_defaults(run=commands.tiny_build)
     images = tiny.add_parser("images", help="write captioned real digits for offline training")
     images.add_argument("--out", required=True, help="new directory")
     images.add_argument("--count", type=_positive, default=200)
     images.add_argument("--seed", type=int, default=0)
-    images.set_defaults(run=_tiny_images)
+    images.set_defaults(run=commands.tiny_images)
     return parser
 
 
