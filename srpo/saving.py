@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from threading import Thread
 
@@ -16,6 +16,8 @@ from srpo.state_files import is_state, parameter_of, read_into, stored
 from srpo_kernels.optim.sharding import local, local_rows, sharded_like
 
 __all__ = ["Saver", "load_optimizer_tensors", "optimizer_tensors"]
+
+_SEGMENT, _ALIGNMENT = 1 << 30, 64  # bytes
 
 
 class Saver:
@@ -101,13 +103,13 @@ class Saver:
 
     def _copied(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors' values of now in host memory."""
-        devices = {local(tensor).device for tensor in tensors.values() if local(tensor).is_cuda}
+        parts = {name: local(tensor) for name, tensor in tensors.items()}
+        devices = {part.device for part in parts.values() if part.is_cuda}
+        new = [name for name in tensors if name not in self._copies]
         try:
-            for name, tensor in tensors.items():
-                part = local(tensor)
-                if name not in self._copies:
-                    room = torch.empty(part.shape, dtype=part.dtype, device="cpu", pin_memory=bool(devices))
-                    self._copies[name] = sharded_like(tensor, room, tuple(tensor.shape))
+            for name, room in zip(new, _host_rooms([parts[name] for name in new], pinned=bool(devices)), strict=True):
+                self._copies[name] = sharded_like(tensors[name], room, tuple(tensors[name].shape))
+            for name, part in parts.items():
                 local(self._copies[name]).copy_(part, non_blocking=True)
         except (MemoryError, RuntimeError) as error:
             raise SaveError(
@@ -135,6 +137,17 @@ def load_optimizer_tensors(
         name, _, entry = key.rpartition("/")
         state.setdefault(numbers[name], {})[entry] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _host_rooms(parts: Sequence[Tensor], *, pinned: bool) -> Iterator[Tensor]:
+    """Host memory for each of `parts`, cut out of large segments: torch rounds what it pins up to a power of two."""
+    sizes = [-(-part.nbytes // _ALIGNMENT) * _ALIGNMENT for part in parts]
+    left, free = sum(sizes), torch.empty(0, dtype=torch.uint8)
+    for part, size in zip(parts, sizes, strict=True):
+        if size > len(free):
+            free = torch.empty(max(size, min(left, _SEGMENT)), dtype=torch.uint8, pin_memory=pinned)
+        yield free[: part.nbytes].view(part.dtype).view(part.shape)
+        left, free = left - size, free[size:]
 
 
 def _room(parameter: Tensor, like: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import srpo.checkpoint
-import srpo.signals
+import srpo.saving
 import srpo.trainer
 from srpo.checkpoint import Checkpoints, SaveError, load_weights
 from srpo.cli import main
@@ -85,6 +85,19 @@ def test_failed_save_does_not_hide_why_a_run_ended(tmp_path: Path) -> None:
         pytest.raises(ZeroDivisionError),
     ):
         trainer.fit(broken)
+
+
+def test_copies_share_segments_without_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(srpo.saving, "_SEGMENT", 4096)
+    parts = [torch.randn(30, 10), torch.tensor(2.0), torch.randn(0, 7), torch.randn(5000).bfloat16()]
+    parts += [torch.randint(-9, 9, (n,), dtype=torch.int8) for n in range(900, 1000, 7)]
+    rooms = list(srpo.saving._host_rooms(parts, pinned=False))
+    for room, part in zip(rooms, parts, strict=True):
+        room.copy_(part)
+    assert all(torch.equal(room, part) and room.dtype == part.dtype for room, part in zip(rooms, parts, strict=True))
+    assert (
+        len({room.untyped_storage().data_ptr() for room in rooms}) == 1 + 1 + 4
+    )  # the first, one for the largest, those of bytes
 
 
 # --- averaged weights -------------------------------------------------------------------------
