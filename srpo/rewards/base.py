@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from srpo.errors import InputError
@@ -39,6 +40,10 @@ class Reward(ABC):
         """Do ahead of time what the prompts alone decide. By default nothing."""
         del prompts
         return None
+
+    def release_text_tower(self, device: str | torch.device = "cpu") -> None:
+        """Move to `device` what only embeds prompts, and does so there from now on. By default there is no such part."""
+        del device
 
 
 class ImageOnlyReward(Reward):

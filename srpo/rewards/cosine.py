@@ -47,6 +47,7 @@ class CosineReward(Reward):
         text_cache: str | Path | None,
     ) -> None:
         self.form, self.scale, self.device, self.dtype = form, scale, device, dtype
+        self._text_device = device
         self._files = None
         if text_cache is not None:
             weights, architecture = self._text_tower()
@@ -54,6 +55,7 @@ class CosineReward(Reward):
         # A run's every prompt: 256 MB at an embedding of 1024.
         self._embed_prompt = lru_cache(maxsize=65536)(self._embed_prompt)  # type: ignore[method-assign]
 
+    model: Any
     image_size: int
     image_mean: Sequence[float]
     image_std: Sequence[float]
@@ -68,11 +70,15 @@ class CosineReward(Reward):
 
     @abstractmethod
     def _text_features(self, tokens: Mapping[str, Tensor]) -> Tensor:
-        """Embedding [1, D] of one prompt's tokens."""
+        """Embedding [1, D] of one prompt's tokens, which are where the text tower is."""
 
     @abstractmethod
     def _text_tower(self) -> tuple[dict[str, Tensor], str]:
         """The weights that embed tokens, and a description of how."""
+
+    @abstractmethod
+    def _reads_text(self, name: str) -> bool:
+        """Whether the model's tensor of that name is the text tower's."""
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] in [0, 1] to the tower's input [N, 3, S, S]: antialiased bicubic resize, centre crop,
@@ -93,9 +99,19 @@ class CosineReward(Reward):
         tokens = self._tokens(prompt)
 
         def embed() -> Tensor:
-            return normalize(self._text_features(tokens).float(), dim=-1)
+            placed = {name: tensor.to(self._text_device) for name, tensor in tokens.items()}
+            return normalize(self._text_features(placed).float(), dim=-1)
 
-        return embed() if self._files is None else self._files.embedding(tokens, embed).to(self.device)
+        return (embed() if self._files is None else self._files.embedding(tokens, embed)).to(self.device)
+
+    def release_text_tower(self, device: str | torch.device = "cpu") -> None:
+        for prefix, module in self.model.named_modules():
+            for held in (module._parameters, module._buffers):
+                for name, tensor in held.items():
+                    if tensor is not None and self._reads_text(f"{prefix}.{name}".lstrip(".")):
+                        moved = tensor.detach().to(device)
+                        held[name] = torch.nn.Parameter(moved, False) if held is module._parameters else moved
+        self._text_device = device
 
     def relative(self, images: Tensor, positive: list[str], negative: list[str], kappa: Tensor) -> Tensor:
         """Relative scores [N] of images [N, 3, H, W] in [0, 1]; differentiable in the images."""
@@ -145,7 +161,7 @@ class CLIPReward(CosineReward):
                 raise InputError(f"reward directory {path} is incomplete: {file} is missing")
         if not has_vocabulary(processor):
             raise InputError(f"reward directory {path} is incomplete: {processor / 'tokenizer.json'} is missing")
-        self.model: Any = load_transformers(CLIPModel, path)
+        self.model = load_transformers(CLIPModel, path)
         vision = (self.model.vision_model, self.model.visual_projection)
         freeze(self.model, vision, dtype, activation=QuickGELUActivation)
         self.model.to(device)
@@ -166,12 +182,14 @@ class CLIPReward(CosineReward):
         return dict(self.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt"))
 
     def _text_features(self, tokens: Mapping[str, Tensor]) -> Tensor:
-        placed = {name: tensor.to(self.device) for name, tensor in tokens.items()}
-        return self.model.get_text_features(**placed).pooler_output
+        return self.model.get_text_features(**tokens).pooler_output
 
     def _text_tower(self) -> tuple[dict[str, Tensor], str]:
-        weights = {name: tensor for name, tensor in self.model.state_dict().items() if name.startswith("text_")}
+        weights = {name: tensor for name, tensor in self.model.state_dict().items() if self._reads_text(name)}
         return weights, self.model.config.text_config.to_json_string()
+
+    def _reads_text(self, name: str) -> bool:
+        return name.startswith("text_")
 
 
 class OpenCLIPReward(CosineReward):
@@ -231,11 +249,14 @@ class OpenCLIPReward(CosineReward):
         return {"text": self.tokenizer([prompt])}
 
     def _text_features(self, tokens: Mapping[str, Tensor]) -> Tensor:
-        return self.model.encode_text(tokens["text"].to(self.device))
+        return self.model.encode_text(tokens["text"])
 
     def _text_tower(self) -> tuple[dict[str, Tensor], str]:
-        weights = {name: tensor for name, tensor in self.model.state_dict().items() if not name.startswith("visual.")}
+        weights = {name: tensor for name, tensor in self.model.state_dict().items() if self._reads_text(name)}
         return weights, json.dumps(self.architecture, sort_keys=True)
+
+    def _reads_text(self, name: str) -> bool:
+        return not name.startswith("visual.")
 
 
 def _open_clip_tokenizer(architecture: str, text: Mapping[str, Any], processor: str | Path | None) -> Any:

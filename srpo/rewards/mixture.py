@@ -41,6 +41,10 @@ class MixtureReward(Reward):
         for part in self.parts:
             part.reward.embed_prompts(prompts)
 
+    def release_text_tower(self, device: str | torch.device = "cpu") -> None:
+        for part in self.parts:
+            part.reward.release_text_tower(device)
+
     def relative(self, images: Tensor, positive: list[str], negative: list[str], kappa: Tensor) -> Tensor:
         """Raises `InputError`, naming it, when a part reads no prompt."""
         for part in self.parts:
