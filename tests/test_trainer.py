@@ -330,6 +330,7 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: py
 
     def fill(step: int) -> None:
         if step == 1:
+            trainer.saver.finish()
             monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
 
     with pytest.raises(SaveError, match=r"checkpoint of step 2 could not be saved .*disk full.*step 1 is untouched"):
