@@ -42,7 +42,7 @@ class Reward(ABC):
         return None
 
     def release_text_tower(self, device: str | torch.device = "cpu") -> None:
-        """Move to `device` what only embeds prompts, and does so there from now on. By default there is no such part."""
+        """Move to `device` what only embeds prompts, which it does there from now on. By default nothing does."""
         del device
 
 
