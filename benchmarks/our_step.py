@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.phases import Phases
 from srpo.activations import keep_activations
+from srpo.algorithm import Draw, Seconds
 from srpo.batches import CleanBatches
 from srpo.config import TrainConfig
 from srpo.distributed import Ranks
@@ -19,7 +20,7 @@ from srpo.optimizer import load_optimizer, set_gradient_dtype, take_step
 from srpo.prompts import Prompt
 from srpo.rewards import Reward
 from srpo.sources import control_schedule
-from srpo.update import Draw, Seconds, Update
+from srpo.update import Update
 
 __all__ = ["CAPTION", "OurStep"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from itertools import product
 from typing import NamedTuple
@@ -16,7 +16,6 @@ from srpo.data import BadImageError, CaptionedImage
 from srpo.distributed import Ranks
 from srpo.errors import InputError
 from srpo.models import Flux
-from srpo.objective import with_control
 from srpo.prompts import Prompt
 from srpo.randomness import generator
 from srpo.rewards import Reward
@@ -32,6 +31,7 @@ class CleanBatch(NamedTuple):
     x0: Tensor
     noise: Tensor
     captions: list[Prompt]
+    forwards: int  # of the transformer for one image, that x0 took
 
 
 class CleanBatches:
@@ -75,17 +75,22 @@ class CleanBatches:
         except OSError as error:
             warnings.warn(f"text cache {self.config.model.text_cache} cannot be written: {error}", stacklevel=2)
 
-    def embed_texts(self, step: int, index: int) -> None:
-        """Have every text that a clean batch's rollout and draws ask for cached: no text tower runs in them."""
+    def embed_texts(self, step: int, index: int, scored: Callable[[int, Sequence[Prompt]], list[str]]) -> None:
+        """Have every text that a clean batch's rollout and draws ask for cached: no text tower runs in them.
+
+        `scored`: the prompts that the reward will be asked about, for captions of the step.
+        """
         captions, _ = self.chosen(step, index)
-        texts = [caption.text for caption in captions]
-        self._flux.encode_prompts(texts)
-        if self.config.srpo.form == "image_only":
-            self._reward.embed_prompts(texts)
-        else:
-            # Each branch's positive word is the other's negative one.
-            pairs = zip(texts, self.controls(step, captions), strict=True)
-            self._reward.embed_prompts([with_control(word, text) for text, words in pairs for word in words])
+        self._flux.encode_prompts([caption.text for caption in captions])
+        self._reward.embed_prompts(scored(step, captions))
+
+    def noise(self, step: int, index: int) -> Tensor:
+        """Noise [B or 1, S, 4C] of a clean batch."""
+        objective, run = self.config.srpo, self.config.run
+        if objective.noise == "shared":
+            return self._flux.noise(1, *self.size, generator(run.seed, step, 0, "noise"))
+        name = f"noise/{self.number(index)}"
+        return self._flux.noise(run.micro_batch, *self.size, generator(run.seed, step, 0, name))
 
     def load(self, step: int, index: int, check: Callable[[], None]) -> CleanBatch:
         """Clean latents, their noise and captions: from a rollout of that noise, or from real images.
@@ -98,26 +103,21 @@ class CleanBatches:
 
     def _load(self, step: int, index: int, check: Callable[[], None]) -> CleanBatch:
         objective, run = self.config.srpo, self.config.run
-        count = run.micro_batch
-        if objective.noise == "shared":
-            noise = self._flux.noise(1, *self.size, generator(run.seed, step, 0, "noise"))
-        else:
-            noise = self._flux.noise(count, *self.size, generator(run.seed, step, 0, f"noise/{self.number(index)}"))
-
+        noise = self.noise(step, index)
         captions, images = self.chosen(step, index)
         while images:
             latents = []
             try:
                 for image in images:
                     latents.append(self._sources.image_latents(image, self._flux.encode_images).to(noise.device))
-                return CleanBatch(torch.cat(latents), noise, captions)
+                return CleanBatch(torch.cat(latents), noise, captions, 0)
             except BadImageError as error:  # since it was checked: the one that resuming would find in its place
                 warnings.warn(f"{image.path} {error}; another image takes its place", stacklevel=2)
                 self._sources.reject(image, str(error))
                 captions, images = self.chosen(step, index)
         x0 = rollout(
             self._flux,
-            noise.expand(count, -1, -1),
+            noise.expand(run.micro_batch, -1, -1),
             [caption.text for caption in captions],
             size=self.size,
             steps=objective.rollout_steps,
@@ -129,7 +129,7 @@ class CleanBatches:
             # Ranks answer a check together: not while one of them rolls out and another reads images.
             on_step=check if self._ranks.world == 1 or self.config.data.mode == "online" else None,
         )
-        return CleanBatch(x0, noise, captions)
+        return CleanBatch(x0, noise, captions, objective.rollout_steps * len(captions))
 
 
 def clean_batches(config: TrainConfig, world: int) -> int:

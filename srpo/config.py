@@ -13,7 +13,16 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
-from srpo.controls import ControlGroup, ControlPhase, control_group, parse_groups, parse_schedule
+from srpo.baselines.config import (
+    ALGORITHMS,
+    BASELINES,
+    AlgorithmName,
+    DanceGRPOConfig,
+    DirectAlignConfig,
+    DRaFTConfig,
+    ReFLConfig,
+)
+from srpo.controls import ControlGroup, ControlPhase, control_group, nearest, parse_groups, parse_schedule
 from srpo.errors import InputError
 from srpo.loggers import WandbConfig
 from srpo.lora import LoraConfig
@@ -100,6 +109,8 @@ class RunConfig:
     # Sharded ranks average gradients in every backward, holding their shares; or in an update's last one, holding them
     # whole until then. Replicas (hsdp) average their shares in the last one either way.
     reduce: Literal["backward", "update"] = "backward"
+    # Sharded weights gathered by a gradient's forward are freed until its backward, block by block; or stay, whole.
+    reshard_after_forward: bool = True
     # Sharded weights are gathered whole for a rollout, or block by block in each of its steps, for lack of memory.
     rollout_gather: Literal["whole", "blocks"] = "whole"
     # With model.precision fp8, sharded weights of blocks' linear layers are gathered in e4m3, half the bytes; input
@@ -132,7 +143,10 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A whole run. `srpo.preset` in a recipe names the preset that the other `srpo` keys change."""
+    """A whole run. `srpo.preset` in a recipe names the preset that the other `srpo` keys change.
+
+    A baseline has a section of its own, which is there with its algorithm only, and shares `srpo` (docs/baselines.md).
+    """
 
     model: ModelConfig
     reward: RewardConfig
@@ -141,8 +155,20 @@ class TrainConfig:
     srpo: SRPOConfig = field(default_factory=SRPOConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    algorithm: AlgorithmName = "srpo"
+    direct_align: DirectAlignConfig | None = None
+    refl: ReFLConfig | None = None
+    draft: DRaFTConfig | None = None
+    dancegrpo: DanceGRPOConfig | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in BASELINES.items():
+            if name == self.algorithm and getattr(self, name) is None:
+                object.__setattr__(self, name, kind())
+            elif name != self.algorithm and getattr(self, name) is not None:
+                raise ValueError(f"section {name} is for algorithm {name}, but algorithm is {self.algorithm}")
+        if self.algorithm != "srpo":
+            getattr(self, self.algorithm).check(self.data.mode, self.run.draws_per_rollout, self.srpo.rollout_steps)
         check_reward(self.reward, self.srpo)
         check_validation(self.validation, self.run.sample_every, self.run.save_every)
         if self.run.sharding != "none" and self.optimizer.name != "srpo":
@@ -203,7 +229,8 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> TrainConfi
 
 def dump_config(config: TrainConfig) -> str:
     """The resolved config as YAML; `load_config` reads it back."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+    sections = {name: entries for name, entries in dataclasses.asdict(config).items() if entries is not None}
+    return yaml.safe_dump(_plain(sections), sort_keys=False)
 
 
 def _with_presets(values: dict[str, Any]) -> dict[str, Any]:
@@ -229,7 +256,7 @@ def _with_presets(values: dict[str, Any]) -> dict[str, Any]:
 def _apply(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     *sections, name = key.split(".")
-    if not (separator and sections and name and all(sections)):
+    if not (separator and (sections or name in _ALONE) and name and all(sections)):
         raise InputError(f"override {override!r} must look like section.key=value")
     try:
         value = yaml.safe_load(text)
@@ -243,9 +270,14 @@ def _apply(values: dict[str, Any], override: str) -> None:
     target[name] = value
 
 
+#: Keys of no section.
+_ALONE = ("algorithm",)
+
+
 def _valid_keys() -> Iterator[str]:
-    for section, kind in typing.get_type_hints(TrainConfig).items():
-        yield from (f"{section}.{entry.name}" for entry in dataclasses.fields(kind))
+    for section, hint in typing.get_type_hints(TrainConfig).items():
+        for kind in filter(dataclasses.is_dataclass, (hint, *typing.get_args(hint))):
+            yield from (f"{section}.{entry.name}" for entry in dataclasses.fields(kind))
     yield from (f"model.lora.{entry.name}" for entry in dataclasses.fields(LoraConfig))
     yield "srpo.preset"
 
@@ -255,7 +287,11 @@ def _check_keys(values: dict[str, Any]) -> None:
     sections = {key.partition(".")[0] for key in valid}
     problems = []
     for section, entries in values.items():
-        if section not in sections:
+        if section in _ALONE:
+            if entries not in ALGORITHMS:
+                known = ", ".join(ALGORITHMS)
+                problems.append(f"{section} must be one of {known}, got {entries!r}{nearest(entries, ALGORITHMS, 0.5)}")
+        elif section not in sections:
             problems.append(f"unknown key {section!r}: {_hint(section, entries, sections, valid)}")
         elif not isinstance(entries, dict):
             raise InputError(f"section {section!r} must hold keys, got {entries!r}")

@@ -26,6 +26,7 @@ __all__ = [
     "SRPOOutput",
     "branches",
     "draw_timestep",
+    "penalties",
     "srpo_loss",
     "with_control",
 ]
@@ -184,6 +185,11 @@ def with_control(word: str, caption: str) -> str:
     return f"{word}. {caption}"
 
 
+def penalties(scores: Tensor, threshold: float | None) -> Tensor:
+    """``relu(threshold - score)``, or ``-score`` for None."""
+    return -scores if threshold is None else torch.relu(threshold - scores)
+
+
 class RelativeReward(Protocol):
     """What `srpo_loss` asks of a reward. Images are [N, 3, H, W] in [0, 1], scores [N]."""
 
@@ -300,6 +306,5 @@ def srpo_loss(
         x0_hat = recover(x_t, noise, v, start, end, **layout)
         scores = score(decode(x0_hat), slice(0, count * batch))
 
-    penalties = -scores if threshold is None else torch.relu(threshold - scores)
-    branch_losses = penalties.reshape(count, batch).mean(1) / count
+    branch_losses = penalties(scores, threshold).reshape(count, batch).mean(1) / count
     return SRPOOutput(branch_losses.sum(), scores.detach(), x0_hat.detach(), branch_losses.detach())

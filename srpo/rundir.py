@@ -20,7 +20,9 @@ _TEMPORARY = f".{CONFIG_NAME}.tmp"
 #: ranks add up.
 _CACHES = {"reward.text_cache", "model.text_cache", "data.latent_cache"}
 _SAVING = {f"run.{name}" for name in ("save_every", "save_async", "keep", "keep_every")}
-_SHARING = {"run.device", "run.sharding", "run.shard_size", "run.reduce", "model.checkpointing"}
+_SHARING = {f"run.{name}" for name in ("device", "sharding", "shard_size", "reduce", "reshard_after_forward")} | {
+    "model.checkpointing"
+}
 _FREE = {"run.dir", "run.tensorboard", "srpo.updates", "data.max_bad_fraction", *_CACHES, *_SAVING, *_SHARING} | {
     f"run.{name}" for name in ("sample_every", "sample_count", "sample_steps", "wandb")
 }
@@ -78,5 +80,7 @@ def _check_same(old: str, config: TrainConfig, what: str) -> None:
         raise InputError(f"{what} was made with another config: {listed}")
 
 
-def _flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return {f"{section}.{key}": value for section, entries in sections.items() for key, value in entries.items()}
+def _flat(sections: dict[str, Any]) -> dict[str, Any]:
+    sections = dict(sections)
+    alone = {"algorithm": sections.pop("algorithm", None)}
+    return alone | {f"{name}.{key}": value for name, entries in sections.items() for key, value in entries.items()}

@@ -51,13 +51,17 @@ def rollout(
     quantized: bool = False,
     gather: bool = True,
     on_step: Callable[[], None] | None = None,
+    until: int | None = None,
 ) -> Tensor:
     """Clean packed latents [B, S, 4C] from `noise` of that shape, in fp32.
 
     `quantized`: see `Flux.trajectory`. `gather`: sharded weights are gathered whole once, for all steps, or else block
-    by block in each. `on_step` is called before every model call and may raise to abandon it all.
+    by block in each. `on_step` is called before every model call and may raise to abandon it all. `until`: stop before
+    this step (0-based), with latents that are still noisy.
     """
-    sigmas = shifted_sigmas(steps, shift).tolist()
+    if until == 0:
+        return noise
+    sigmas = shifted_sigmas(steps, shift).tolist()[: None if until is None else until + 1]
     conditioning = flux.encode_prompts(prompts)
     with flux.whole() if gather else nullcontext():
         velocity = flux.trajectory(sigmas[:-1], conditioning, guidance, size, quantized=quantized)

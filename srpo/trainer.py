@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from srpo.activations import keep_activations
+from srpo.algorithm import Draw, NonFiniteError, Seconds
+from srpo.algorithms import ALGORITHMS
 from srpo.assets import resolve_asset
 from srpo.base_model import check_base, read_base, write_base
 from srpo.batches import CleanBatches, clean_batches
@@ -27,7 +29,6 @@ from srpo.saving import Saver
 from srpo.sharding import mesh_of
 from srpo.signals import Stop, StopRequestedError
 from srpo.sources import Sources
-from srpo.update import NonFiniteError, Seconds, Update
 from srpo.validation import Validation
 from srpo_kernels.optim import AdamW
 
@@ -35,7 +36,7 @@ __all__ = ["NonFiniteError", "Trainer"]
 
 
 class Trainer:
-    """One SRPO run in its run directory.
+    """One run of SRPO, or of another algorithm, in its run directory.
 
     Everything the user gave is checked before weights are loaded, and weights before the run directory is touched.
 
@@ -56,7 +57,8 @@ class Trainer:
         objective, run = config.srpo, config.run
         self.ranks = Ranks.join(run.device)
         self.size = (objective.height, objective.width)
-        backwards = clean_batches(config, self.ranks.world) * run.draws_per_rollout
+        algorithm = ALGORITHMS[config.algorithm]
+        backwards = clean_batches(config, self.ranks.world) * algorithm.backwards(config)
         path = resolve_asset(config.model.path, "pipeline")
         model = check_model_directory(path, self.size, text=config.model.text_cache is None)
         self.sources = Sources(config, model)
@@ -68,7 +70,8 @@ class Trainer:
 
         dtype = compute_dtype(config.model.precision)
         self.reward = load_reward(config.reward, objective, device=self.ranks.device, dtype=dtype)
-        _check_threshold(config, self.reward)
+        if config.algorithm == "srpo":
+            _check_threshold(config, self.reward)
         self.flux = Flux.load(
             model,
             device=self.ranks.device,
@@ -87,9 +90,18 @@ class Trainer:
         self.sharded = run.sharding != "none" and self.ranks.world > 1
         if self.sharded:
             mesh = mesh_of(self.ranks.world, self.ranks.device, run.shard_size)
-            self.flux.shard(mesh, fp8_all_gather=run.fp8_all_gather)
+            how = dict(reshard_after_forward=run.reshard_after_forward, fp8_all_gather=run.fp8_all_gather)
+            self.flux.shard(mesh, **how)
         self.policy = keep_activations(config, self.flux, self.ranks.world)
-        self.update = Update(config, self.ranks, self.flux, self.reward, self.batches, sharded=self.sharded)
+        self.update = algorithm(
+            config,
+            self.ranks,
+            self.flux,
+            self.reward,
+            self.batches,
+            sharded=self.sharded,
+            checkpointing=self.policy.mode,
+        )
         self.validation = Validation(config, self.ranks, self.flux, self.sources, self.reward)
         named = self.flux.trainable()
         self.names, self.parameters = list(named), list(named.values())
@@ -167,15 +179,17 @@ class Trainer:
         return step
 
     def _step(self, step: int, check: Callable[[], None]) -> dict[str, Any]:
-        """Gradients of the whole batch, then one optimizer step; returns the log record."""
+        """Gradients of the whole batch and an optimizer step, for each part of the update; returns the log record."""
         seconds = Seconds(self.ranks.device)
-        self.optimizer.zero_grad(set_to_none=True)
-        draws = self.update.accumulate(step, check, seconds)
-        with seconds.of("optimizer"):
-            stepped = take_step(self.optimizer, self.config.srpo.max_grad_norm)
-        if not math.isfinite(stepped["grad_norm"]):
-            prompts = ", ".join(sorted({caption.text for draw in draws for caption in draw.captions}))
-            raise NonFiniteError(f"update {step + 1}: the gradient norm is {stepped['grad_norm']} (prompts: {prompts})")
+        draws: list[Draw] = []
+        for part in range(self.update.parts):
+            self.optimizer.zero_grad(set_to_none=True)
+            draws += self.update.accumulate(step, check, seconds, part)
+            with seconds.of("optimizer"):
+                stepped = take_step(self.optimizer, self.config.srpo.max_grad_norm)
+            if not math.isfinite(norm := stepped["grad_norm"]):
+                prompts = ", ".join(sorted({caption.text for draw in draws for caption in draw.captions}))
+                raise NonFiniteError(f"update {step + 1}: the gradient norm is {norm} (prompts: {prompts})")
         rounded = {name: round(value, 4) for name, value in seconds.items()}
         return {**self.update.record(step, draws), **stepped, "seconds": rounded}
 

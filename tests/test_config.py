@@ -15,6 +15,7 @@ from srpo.errors import InputError
 from srpo.objective import SRPOConfig
 
 _SHIPPED = sorted(path.stem for path in (Path(srpo.config.__file__).parent / "recipes").glob("*.yaml"))
+SECTIONS = "dancegrpo, data, direct_align, draft, model, optimizer, refl, reward, run, srpo, validation"
 _MINIMAL: dict[str, dict[str, Any]] = {
     "model": {"path": "model"},
     "reward": {"path": "reward"},
@@ -159,11 +160,11 @@ def test_unknown_key_is_refused_with_the_nearest_valid_one(
     [
         ("learning_rate: 1", "unknown key 'learning_rate': did you mean 'srpo.learning_rate'?"),
         ("micro_batc: 1", "unknown key 'micro_batc': did you mean 'run.micro_batch'?"),
-        ("qqqqqqq: 1", "unknown key 'qqqqqqq': sections are data, model, optimizer, reward, run, srpo, validation"),
+        ("qqqqqqq: 1", f"unknown key 'qqqqqqq': sections are {SECTIONS}"),
         ("modle: {path: x}", "unknown key 'modle': did you mean 'model'?"),
         ("rewards: {path: x}", "unknown key 'rewards': did you mean 'reward'?"),
         ("sprpo: {updates: 1}", "unknown key 'sprpo': did you mean 'srpo'?"),
-        ("1: 2", "unknown key 1: sections are data, model, optimizer, reward, run, srpo, validation"),
+        ("1: 2", f"unknown key 1: sections are {SECTIONS}"),
     ],
 )
 def test_unknown_key_outside_the_sections_is_refused(recipe: Path, line: str, message: str) -> None:

@@ -357,10 +357,10 @@ def test_image_that_vanishes_during_a_run_gives_way_to_the_next(tmp_path: Path) 
     victim = trainer.batches.chosen(0, 0)[1][0]
     victim.path.unlink()
     with pytest.warns(UserWarning, match="another image takes its place"):
-        x0, _, captions = trainer.batches.load(0, 0, lambda: None)
+        x0, _, captions, _ = trainer.batches.load(0, 0, lambda: None)
     with pytest.warns(UserWarning, match="cannot be used"):
         restarted = Trainer(quick_config(tmp_path / "other", *overrides))
-    x0_again, _, captions_again = restarted.batches.load(0, 0, lambda: None)
+    x0_again, _, captions_again, _ = restarted.batches.load(0, 0, lambda: None)
     assert captions == captions_again
     assert torch.equal(x0, x0_again)
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from srpo.algorithm import Seconds
 from srpo.models import Flux
 from srpo.trainer import Trainer
-from srpo.update import Seconds
 from srpo_kernels.optim.sharding import local
 
 BASE = ("srpo.batch_size=8", "run.micro_batch=1", "run.draws_per_rollout=2", "srpo.noise=independent")
@@ -26,7 +26,7 @@ LORA = ("model.lora.rank=2", "model.lora.targets=all")
 VARIANTS = (
     (),
     ("run.sharding=fsdp",),
-    ("run.sharding=fsdp", "run.reduce=update"),
+    ("run.sharding=fsdp", "run.reduce=update", "run.reshard_after_forward=false"),
     ("run.sharding=fsdp", "run.rollout_gather=blocks"),
     ("run.sharding=hsdp", "run.shard_size=1"),
     (*LORA, "run.sharding=fsdp"),

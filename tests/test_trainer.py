@@ -81,7 +81,8 @@ def test_offline_mode_never_rolls_out(images: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(srpo.batches, "rollout", forbidden)
     trainer = Trainer(quick_config(tmp_path, "srpo.updates=1", *modes(images)["offline"]))
-    x0, noise, captions = trainer.batches.load(0, 0, lambda: None)
+    x0, noise, captions, forwards = trainer.batches.load(0, 0, lambda: None)
+    assert forwards == 0
     assert x0.shape == noise.shape == (2, 16, 16)
     assert all(caption.text.startswith("digit ") for caption in captions)
     trainer.fit()
@@ -225,9 +226,9 @@ def test_text_towers_run_in_their_own_phase_once_a_prompt(
         tower.register_forward_pre_hook(called)
     embed = trainer.batches.embed_texts
 
-    def phase(step: int, index: int) -> None:
+    def phase(*batch: Any) -> None:
         allowed.append(True)
-        embed(step, index)
+        embed(*batch)
         allowed.clear()
 
     monkeypatch.setattr(trainer.batches, "embed_texts", phase)

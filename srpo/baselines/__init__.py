@@ -1,0 +1,1 @@
+"""Algorithms to compare SRPO with, on the same trainer, data, rewards and logs (docs/baselines.md)."""
