@@ -13,6 +13,7 @@ from srpo_kernels.float8_linear import (
     freeze_float8,
     revert_float8,
 )
+from srpo_kernels.ops._register import triton_problem
 from srpo_kernels.ops.fp8_linear import fp8_linear, fp8_unsupported
 from srpo_kernels.ops.fp8_producers import (
     gated_residual_layer_norm_modulate_fp8,
@@ -74,5 +75,6 @@ __all__ = [
     "relative_reward",
     "relative_reward_loss",
     "resize_normalize",
+    "triton_problem",
     "revert_float8",
 ]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from srpo_kernels.extension import extension_status
-from srpo_kernels.ops._register import DTYPES, OPS
+from srpo_kernels.ops._register import DTYPES, OPS, triton_problem
 
 
 def table() -> str:
     """Operators with their formula, dtypes and backends."""
-    triton = version("triton") if importlib.util.find_spec("triton") else "not installed"
+    triton = f"({problem})" if (problem := triton_problem()) else version("triton")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     try:
         own = version("srpo-kernels")
@@ -21,7 +20,7 @@ def table() -> str:
         own = "from source, not installed"
     lines = [
         f"srpo-kernels {own}, torch {torch.__version__}, triton {triton}, GPU: {gpu}",
-        "CUDA tensors run Triton kernels, CPU tensors the eager reference.",
+        f"CUDA tensors run {'plain PyTorch' if problem else 'Triton kernels'}, CPU tensors the eager reference.",
         f"Optimizers, compiled: {', '.join(f'{name} {state}' for name, state in extension_status().items())}",
         f"dtypes: {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)} (float64 for checking)",
         "",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
+import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-__all__ = ["DTYPES", "OPS", "OpInfo", "define", "describe"]
+__all__ = ["DTYPES", "OPS", "OpInfo", "define", "describe", "triton_problem"]
 
+OLDEST_TRITON = (3, 6)
 #: What every operator takes; float64 also runs, for checking.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -36,11 +40,11 @@ def define(schema: str, *, fake: Callable, cpu: Callable, cuda: str) -> torch._o
     """Define ``srpo::<schema>`` and return its overload.
 
     `cpu` is the eager reference. `cuda` is "module:function"; the module, and so Triton, is imported the first time the
-    CUDA kernel runs. With TRITON_INTERPRET=1 the CPU key runs the Triton launcher too, so that the kernels themselves
-    are tested without a GPU.
+    CUDA kernel runs; where Triton cannot be used (`triton_problem`) `cpu` runs instead. With TRITON_INTERPRET=1 the CPU
+    key runs the Triton launcher too, so that the kernels themselves are tested without a GPU.
     """
     name, arguments = schema[: schema.index("(")], schema[schema.index("(") :]
-    launch = _lazy(cuda)
+    launch = _lazy(cuda, cpu)
     torch.library.define(f"srpo::{name}", arguments)
     torch.library.impl(f"srpo::{name}", "CUDA", launch)
     torch.library.impl(f"srpo::{name}", "CPU", launch if interpreting() else cpu)
@@ -58,14 +62,35 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _lazy(target: str) -> Callable:
+@functools.cache
+def triton_problem() -> str | None:
+    """Why kernels cannot run here, whatever the GPU: Triton is missing or too old. None: they can."""
+    try:
+        found = importlib.import_module("triton").__version__
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) < OLDEST_TRITON:
+        return f"Triton {found} is older than {'.'.join(map(str, OLDEST_TRITON))}"
+    return None
+
+
+@functools.cache
+def _warn(problem: str) -> None:
+    warnings.warn(f"srpo_kernels: {problem}: operators run as plain PyTorch, slower and with more memory", stacklevel=4)
+
+
+def _lazy(target: str, reference: Callable) -> Callable:
     module, function = target.split(":")
     launcher: Callable | None = None
 
     def launch(*arguments: Any) -> Any:
         nonlocal launcher
         if launcher is None:
-            launcher = getattr(importlib.import_module(module), function)
+            if problem := triton_problem():
+                _warn(problem)
+                launcher = reference
+            else:
+                launcher = getattr(importlib.import_module(module), function)
         return launcher(*arguments)
 
     return launch
