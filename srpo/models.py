@@ -24,7 +24,7 @@ from srpo.lora import LoraConfig, adapters, add_adapters
 from srpo.model_directory import check_model_directory
 from srpo.objective import LatentLayout
 from srpo.precision import Precision, compute_dtype
-from srpo.sharding import gathered, shard
+from srpo.sharding import free, gathered, shard
 from srpo.text_encoders import CachedTexts
 from srpo_kernels import Float8Rollout, FluxRollout, PatchHandle, convert_to_float8, patch
 from srpo_kernels.patching.view import view
@@ -139,10 +139,10 @@ class Flux:
             self.patched.remove()
             self.patched = None
 
-    def shard(self, mesh: DeviceMesh, *, fp8_all_gather: bool = False) -> None:
-        """Share out the transformer's parameters (see `srpo.sharding`): after patching, before an optimizer is made."""
+    def shard(self, mesh: DeviceMesh, **how: bool) -> None:
+        """Share out the transformer's parameters by `srpo.sharding.shard`: patched, and before an optimizer is made."""
         self._view = view(self.transformer, lambda *_: None)
-        shard(self.transformer, mesh, fp8_all_gather=fp8_all_gather)
+        shard(self.transformer, mesh, **how)
 
     def reduce_gradients(self, last: bool, *, every: bool) -> None:
         """Before a backward: whether ranks average sharded gradients in it, as they must in an update's `last` one.
@@ -225,6 +225,8 @@ class Flux:
                 img_ids=image_ids,
                 return_dict=False,
             )[0]
+        if self._view is not None and not (self._gathered or torch.is_grad_enabled()):
+            free(self.transformer)
         return predicted.to(x_t.dtype)
 
     def trajectory(

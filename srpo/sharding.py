@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from srpo_kernels import gather_float8
 
-__all__ = ["gathered", "mesh_of", "shard"]
+__all__ = ["free", "gathered", "mesh_of", "shard"]
 
 
 def mesh_of(world: int, device: torch.device, shard_size: int | None = None) -> DeviceMesh:
@@ -26,16 +26,18 @@ def mesh_of(world: int, device: torch.device, shard_size: int | None = None) -> 
     return init_device_mesh(device.type, (world // size, size), mesh_dim_names=("replicate", "shard"))
 
 
-def shard(transformer: Any, mesh: DeviceMesh, *, fp8_all_gather: bool = False) -> None:
+def shard(
+    transformer: Any, mesh: DeviceMesh, *, reshard_after_forward: bool = True, fp8_all_gather: bool = False
+) -> None:
     """Shard every block's parameters, and all others, over `mesh`; each is gathered when it is used, and freed again.
 
-    Gradients are averaged over all processes as they are made. Optimizers must be made afterwards. `fp8_all_gather`:
-    weights that train in e4m3 are gathered in it (`gather_float8`).
+    Gradients are averaged over all processes as they are made. Optimizers must be made afterwards. Without
+    `reshard_after_forward` what a forward gathered stays until its backward: call `free` after one that has none, or
+    the next will not see what the weights have become. `fp8_all_gather`: weights that train in e4m3 are gathered in it
+    (`gather_float8`).
     """
-    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-        fully_shard(block, mesh=mesh)
-    # By default the root's own would stay gathered after a forward without backward, and not see the next update.
-    fully_shard(transformer, mesh=mesh, reshard_after_forward=True)
+    for module in (*transformer.transformer_blocks, *transformer.single_transformer_blocks, transformer):
+        fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward)
     if fp8_all_gather:
         gather_float8(transformer)
 
@@ -47,13 +49,21 @@ def gathered(transformer: nn.Module) -> Iterator[None]:
     Within, use a `srpo_kernels.patching.view` of the transformer, or what is built on one: its own forward would free
     them. A collective operation; does nothing for a transformer that is not sharded.
     """
-    units = [module for module in transformer.modules() if isinstance(module, FSDPModule)]
-    handles = [unit.unshard(async_op=True) for unit in units]
+    handles = [unit.unshard(async_op=True) for unit in _units(transformer)]
     try:
         for handle in handles:
             if handle is not None:
                 handle.wait()
         yield
     finally:
-        for unit in units:
-            unit.reshard()
+        free(transformer)
+
+
+def free(transformer: nn.Module) -> None:
+    """Let go of all that is gathered."""
+    for unit in _units(transformer):
+        unit.reshard()
+
+
+def _units(transformer: nn.Module) -> list[FSDPModule]:
+    return [module for module in transformer.modules() if isinstance(module, FSDPModule)]

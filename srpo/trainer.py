@@ -30,6 +30,7 @@ from srpo.sharding import mesh_of
 from srpo.signals import Stop, StopRequestedError
 from srpo.sources import Sources
 from srpo.validation import Validation
+from srpo_kernels import extension_status, triton_problem
 from srpo_kernels.optim import AdamW
 
 __all__ = ["NonFiniteError", "Trainer"]
@@ -142,7 +143,15 @@ class Trainer:
             with Stop(self.ranks) as stop:
                 if log is not None:
                     kernels = self.flux.patched.report() if self.flux.patched else "off"
-                    log.event("start", step=step, updates=total, kernels=kernels, checkpointing=str(self.policy))
+                    log.event(
+                        "start",
+                        step=step,
+                        updates=total,
+                        kernels=kernels,
+                        triton=triton_problem() or "usable",
+                        extension=extension_status(),
+                        checkpointing=str(self.policy),
+                    )
                     log.event("data", step=step, **self.sources.record())
                 if self.validation.pending(step):
                     with self.averaged():

@@ -75,6 +75,6 @@ __all__ = [
     "relative_reward",
     "relative_reward_loss",
     "resize_normalize",
-    "triton_problem",
     "revert_float8",
+    "triton_problem",
 ]

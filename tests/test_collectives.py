@@ -44,13 +44,13 @@ def counted(of: Setting) -> dict[str, Collective]:
 
 
 def check_sharded(of: Setting) -> None:
-    """Gathered: whole for each rollout, and for each draw in forward and backward. Scattered: in each backward, or once
-    an update. Summed among replicas: once an update.
+    """Gathered: whole for each rollout, and for each draw in forward and, if it is freed, backward. Scattered: in each
+    backward, or once an update. Summed among replicas: once an update.
     """
     weights = sum(padded(parameter, of.shards) for parameter in of.sizes.transformer.parameters())
-    once = of.config.run.reduce == "update"
+    once, passes = of.config.run.reduce == "update", 1 + of.config.run.reshard_after_forward
     found = counted(of)
-    assert found["all_gather"].bytes == of.weight_item * weights * (of.batches + 2 * of.draws)
+    assert found["all_gather"].bytes == of.weight_item * weights * (of.batches + passes * of.draws)
     assert found["reduce_scatter"].bytes == of.gradient_item * weights * (1 if once else of.draws)
     assert {found["all_gather"].ranks, found["reduce_scatter"].ranks} == {of.shards}
     units = 1 + sum(of.sizes.blocks)
@@ -62,10 +62,14 @@ def check_sharded(of: Setting) -> None:
         assert (summed.ranks, summed.calls, summed.bytes) == (replicas, units, of.gradient_item * weights // of.shards)
 
 
-@pytest.mark.parametrize(("sharding", "reduce"), [("fsdp", "backward"), ("hsdp", "update"), ("hsdp", "backward")])
+@pytest.mark.parametrize(("sharding", "reduce"), [("fsdp", "backward"), ("hsdp", "update")])
 def test_bytes_of_sharded_ranks_are_those_of_their_parameters(sharding: Sharding, reduce: str) -> None:
     many = ("srpo.batch_size=128", "run.micro_batch=1", "run.draws_per_rollout=2", f"run.reduce={reduce}")
     check_sharded(setting("tiny", sharding, *many))
+
+
+def test_weights_that_stay_are_gathered_once_a_draw() -> None:
+    check_sharded(setting("tiny", "fsdp", "srpo.batch_size=64", "run.micro_batch=1", "run.reshard_after_forward=false"))
 
 
 def test_plan_shows_them_and_adapters_reduce_little() -> None:

@@ -88,7 +88,8 @@ def _update(setting: Setting) -> Iterator[tuple[_Recorder, int]]:
         warnings.simplefilter("ignore")  # of addresses that empty tensors lack, and blocks that return views
         flux = _flux(setting)
         if mesh is not None:
-            flux.shard(mesh, fp8_all_gather=setting.config.run.fp8_all_gather)
+            run = setting.config.run
+            flux.shard(mesh, reshard_after_forward=run.reshard_after_forward, fp8_all_gather=run.fp8_all_gather)
         flux_policy(
             flux.transformer,
             policy,

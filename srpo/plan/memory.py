@@ -223,7 +223,8 @@ def _beside_blocks(setting: Setting) -> Iterator[Term]:
         gathered = 2 * setting.block_bytes  # one computes, the next is on its way
         made = 0 if setting.keeps_whole_gradients else sizes.largest_block * setting.trained / sizes.parameters
         rollout = 0.0 if setting.gathers_whole else gathered
-        gradient = gathered + made * setting.gradient_item
+        kept = gathered if config.run.reshard_after_forward else setting.gathered_bytes
+        gradient = kept + made * setting.gradient_item
         yield Term("gathered blocks, and gradients of one", rollout=rollout, gradient=gradient)
     if setting.autocast:
         cast = (sizes.parameters if setting.shards == 1 else 2 * sizes.largest_block) * item

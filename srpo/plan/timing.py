@@ -117,7 +117,7 @@ def phases(setting: Setting, memory: Memory, got: Efficiencies) -> list[Phase]:
             gradient(setting, memory.policy.mode) * draws,
             setting,
             got,
-            beside=2 * weights * draws + scattered,
+            beside=(2 if run.reshard_after_forward else 1) * weights * draws + scattered,
             replicated=gradients / setting.shards,
         ),
         _optimizer(setting, got),
