@@ -69,7 +69,8 @@ inline Shard shard_of(const Tensor& gradient, int64_t start) {
   return {rows, rows > 0 ? gradient.numel() / rows : 0, start};
 }
 
-inline Plan plan_of(const Tensors& gradients, const std::vector<Stored>& lists, const std::vector<int64_t>& starts) {
+inline std::vector<Item> items_of(const Tensors& gradients, const std::vector<Stored>& lists,
+                                  const std::vector<int64_t>& starts) {
   STD_TORCH_CHECK(!gradients.empty(), "adamw: no gradients");
   for (const Stored& list : lists) {
     const size_t expected = list.present ? gradients.size() : 0;
@@ -77,6 +78,7 @@ inline Plan plan_of(const Tensors& gradients, const std::vector<Stored>& lists, 
                     list.tensors->size());
   }
   std::vector<Item> items;
+  items.reserve(gradients.size());
   for (size_t i = 0; i < gradients.size(); ++i) {
     const Tensor& gradient = gradients[i];
     check_on(gradient, gradients[0], "gradients");
@@ -90,16 +92,15 @@ inline Plan plan_of(const Tensors& gradients, const std::vector<Stored>& lists, 
       check_vector(tensor, gradients[0], list.type, scale ? scales : gradient.numel(), list.name);
       item.pointer[list.slot] = tensor.mutable_data_ptr();
     }
-    if (gradient.numel() > 0) items.push_back(item);
+    items.push_back(item);
   }
-  return Plan(std::move(items));
+  return items;
 }
 
-inline Plan step_plan(const Tensors& weights, const Tensors& remainders, const Tensors& first,
-                      const Tensors& first_scales, const Tensors& second, const Tensors& second_scales,
-                      const Tensors& averages, const Tensors& gradients, const Tensor& scalars, const Tensor& steps,
-                      const Tensor& coefficient, const Tensor& finite, const std::vector<int64_t>& starts,
-                      int64_t average_every, Weights weights_as, Moments moments_as) {
+inline std::vector<Item> step_items(const Tensors& weights, const Tensors& remainders, const Tensors& first,
+                                    const Tensors& first_scales, const Tensors& second, const Tensors& second_scales,
+                                    const Tensors& averages, const Tensors& gradients,
+                                    const std::vector<int64_t>& starts, Weights weights_as, Moments moments_as) {
   const bool wide = weights_as == Weights::kFp32, exact = moments_as == Moments::kFp32;
   const bool split = weights_as == Weights::kSplit32 || weights_as == Weights::kSplit24;
   const bool codes = moments_as == Moments::kM3 || moments_as == Moments::kM2, roots = moments_as == Moments::kM2;
@@ -116,14 +117,26 @@ inline Plan step_plan(const Tensors& weights, const Tensors& remainders, const T
   };
   STD_TORCH_CHECK(starts.size() == gradients.size(), "adamw: starts must be ", gradients.size(), " numbers, got ",
                   starts.size());
-  STD_TORCH_CHECK(average_every > 0, "adamw: ema_every must be positive, got ", average_every);
-  Plan plan = plan_of(gradients, lists, starts);
+  return items_of(gradients, lists, starts);
+}
+
+// What steps of a list of parameters read on the device, or here.
+struct Numbers {
+  const Scalars* scalars;
+  const int64_t* steps;
+  const float* coefficient;
+  const bool* finite;
+};
+
+inline Numbers numbers_of(const Tensors& gradients, const Tensor& scalars, const Tensor& steps,
+                          const Tensor& coefficient, const Tensor& finite) {
   const int64_t count = int64_t(gradients.size());
-  check_vector(scalars, gradients[0], fp32, 7 * count, "scalars");
+  check_vector(scalars, gradients[0], ScalarType::Float, 7 * count, "scalars");
   check_vector(steps, gradients[0], ScalarType::Long, count, "steps");
-  check_vector(coefficient, gradients[0], fp32, 1, "coefficient");
+  check_vector(coefficient, gradients[0], ScalarType::Float, 1, "coefficient");
   check_vector(finite, gradients[0], ScalarType::Bool, 1, "finite");
-  return plan;
+  return {static_cast<const Scalars*>(scalars.const_data_ptr()), steps.const_data_ptr<int64_t>(),
+          coefficient.const_data_ptr<float>(), finite.const_data_ptr<bool>()};
 }
 
 inline void check_scalars(const Tensor& steps, const Tensor& lr) {
@@ -131,33 +144,99 @@ inline void check_scalars(const Tensor& steps, const Tensor& lr) {
   check_vector(lr, steps, ScalarType::Double, 1, "lr");
 }
 
-// Where the steps of every parameter are counted, and the options of every group.
-struct Beginning {
-  std::vector<Taken> taken;
-  std::vector<Options> options;
+// What is kept of a parameter between steps, as words.
+struct Planned {
+  Item item;
+  Taken taken;
+  Weights weights;
+  Moments moments;
 };
+constexpr int64_t kPlanned = sizeof(Planned) / sizeof(uint64_t);
 
-inline Beginning beginning_of(const Tensors& gradients, const Tensors& steps, const std::vector<int64_t>& groups,
-                              const Tensors& lr, const std::vector<double>& numbers) {
-  STD_TORCH_CHECK(steps.size() == gradients.size() && groups.size() == gradients.size(),
-                  "adamw: steps and groups must be one for each gradient");
+inline Tensor adamw_plan(Tensors weights, Tensors remainders, Tensors first, Tensors first_scales, Tensors second,
+                         Tensors second_scales, Tensors averages, Tensors gradients, Tensors steps,
+                         std::vector<int64_t> starts, int64_t group, std::string weights_name,
+                         std::string moments_name) {
+  const Weights weights_as = weights_mode(weights_name);
+  const Moments moments_as = moments_mode(moments_name);
+  const std::vector<Item> items = step_items(weights, remainders, first, first_scales, second, second_scales, averages,
+                                             gradients, starts, weights_as, moments_as);
+  STD_TORCH_CHECK(steps.size() == items.size(), "adamw: steps must be ", items.size(), " tensors, got ", steps.size());
+  const torch::stable::Device host(torch::headeronly::DeviceType::CPU);
+  Tensor plan = torch::stable::empty({int64_t(items.size()), kPlanned}, ScalarType::Long, std::nullopt, host);
+  Planned* to = static_cast<Planned*>(plan.mutable_data_ptr());
+  for (size_t i = 0; i < items.size(); ++i) {
+    check_vector(steps[i], gradients[0], ScalarType::Float, 1, "steps");
+    to[i] = {items[i], {steps[i].mutable_data_ptr<float>(), group}, weights_as, moments_as};
+  }
+  return plan;
+}
+
+// Parameters [first, first + count) of `plan`.
+inline Planned* planned_at(const Tensor& plan, int64_t first, int64_t count) {
+  const bool fits = plan.dim() == 2 && plan.size(1) == kPlanned && plan.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(fits && plan.is_cpu() && plan.is_contiguous(), "adamw: plan is not what adamw_plan returns");
+  STD_TORCH_CHECK(first >= 0 && count > 0 && first + count <= plan.size(0), "adamw: no parameters ", first, " to ",
+                  first + count, " in a plan of ", plan.size(0));
+  return static_cast<Planned*>(plan.mutable_data_ptr()) + first;
+}
+
+inline std::vector<Item> items_of(const Planned* begin, int64_t count) {
+  std::vector<Item> items;
+  items.reserve(size_t(count));
+  for (int64_t i = 0; i < count; ++i) items.push_back(begin[i].item);
+  return items;
+}
+
+// Notes in a plan where the gradients are. False if they are not like those that it was made for.
+inline bool place(const Tensors& gradients, Planned* plan) {
+  const auto device = gradients[0].device();
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    const Tensor& gradient = gradients[i];
+    Item& item = plan[i].item;
+    const Shard shard = shard_of(gradient, item.shard.start);
+    if (shard.rows != item.shard.rows || shard.columns != item.shard.columns || !gradient.is_contiguous() ||
+        gradient_type(gradient) != item.gradient || gradient.device() != device)
+      return false;
+    item.pointer[kGradient] = const_cast<void*>(gradient.const_data_ptr());
+  }
+  return true;
+}
+
+// The options of every group: `lr`, which is read now if it is here, and four of `numbers`.
+inline std::vector<Options> options_of(const Tensors& lr, const std::vector<double>& numbers) {
   STD_TORCH_CHECK(numbers.size() == 4 * lr.size(), "adamw: numbers must be four for each lr");
-  Beginning found;
+  std::vector<Options> options;
   for (size_t i = 0; i < lr.size(); ++i) {
     STD_TORCH_CHECK(lr[i].scalar_type() == ScalarType::Double && lr[i].numel() == 1, "adamw: lr must be one double each");
     const double* at = lr[i].const_data_ptr<double>();
     const double* four = &numbers[4 * i];
     if (lr[i].is_cpu())
-      found.options.push_back({*at, nullptr, four[0], four[1], four[2], four[3]});
+      options.push_back({*at, nullptr, four[0], four[1], four[2], four[3]});
     else
-      found.options.push_back({0, at, four[0], four[1], four[2], four[3]});
+      options.push_back({0, at, four[0], four[1], four[2], four[3]});
   }
-  for (size_t i = 0; i < steps.size(); ++i) {
-    check_vector(steps[i], gradients[0], ScalarType::Float, 1, "steps");
-    STD_TORCH_CHECK(groups[i] >= 0 && size_t(groups[i]) < lr.size(), "adamw: no group ", groups[i]);
-    found.taken.push_back({steps[i].mutable_data_ptr<float>(), groups[i]});
+  return options;
+}
+
+inline std::vector<Taken> taken_of(const Planned* begin, int64_t count, size_t groups) {
+  std::vector<Taken> taken;
+  taken.reserve(size_t(count));
+  for (int64_t i = 0; i < count; ++i) {
+    taken.push_back(begin[i].taken);
+    STD_TORCH_CHECK(size_t(taken.back().group) < groups, "adamw: no group ", taken.back().group);
   }
-  return found;
+  return taken;
+}
+
+// Where adamw_begin put the numbers of parameters from `first` on, of `count` in all.
+inline Numbers numbers_at(const Tensor& begun, int64_t first, int64_t count) {
+  const bool fits = begun.scalar_type() == ScalarType::Long && begun.numel() == begun_words(count);
+  STD_TORCH_CHECK(fits && begun.is_contiguous(), "adamw: begun is not what adamw_begin returns");
+  const uint64_t* words = static_cast<const uint64_t*>(begun.const_data_ptr());
+  return {reinterpret_cast<const Scalars*>(words + kNumbers + count) + first,
+          reinterpret_cast<const int64_t*>(words + kNumbers) + first,
+          reinterpret_cast<const float*>(words + kCoefficient), reinterpret_cast<const bool*>(words + kFinite)};
 }
 
 inline Tensor integers(const Tensor& like, int64_t size) {

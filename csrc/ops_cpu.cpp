@@ -25,47 +25,63 @@ Tensor add_up(const Plan& plan, const Tensor& like, int size, const Work& work) 
   return result;
 }
 
+Tensor stepped(const Plan& plan, const Numbers& numbers, Weights weights, Moments moments, int64_t seed,
+               double ema_decay, int64_t ema_every, const Tensor& like) {
+  STD_TORCH_CHECK(ema_every > 0, "adamw: ema_every must be positive, got ", ema_every);
+  const Step step{weights,
+                  moments,
+                  numbers.scalars,
+                  numbers.steps,
+                  *numbers.coefficient,
+                  *numbers.finite,
+                  keys_of(uint64_t(seed)),
+                  float(1 - ema_decay),
+                  ema_every};
+  return add_up(plan, like, kTelemetry,
+                [&](int64_t begin, int64_t end, uint64_t* sums) { step_units(plan, step, begin, end, sums); });
+}
+
 Tensor adamw_step(Tensors weights, Tensors remainders, Tensors first, Tensors first_scales, Tensors second,
                   Tensors second_scales, Tensors averages, Tensors gradients, Tensor scalars, Tensor steps,
                   Tensor coefficient, Tensor finite, std::vector<int64_t> starts, int64_t seed, double ema_decay,
                   int64_t ema_every, std::string weights_name, std::string moments_name) {
   const Weights weights_as = weights_mode(weights_name);
   const Moments moments_as = moments_mode(moments_name);
-  const Plan plan = step_plan(weights, remainders, first, first_scales, second, second_scales, averages, gradients,
-                              scalars, steps, coefficient, finite, starts, ema_every, weights_as, moments_as);
-  const Step step{weights_as,
-                  moments_as,
-                  static_cast<const Scalars*>(scalars.const_data_ptr()),
-                  steps.const_data_ptr<int64_t>(),
-                  *coefficient.const_data_ptr<float>(),
-                  *finite.const_data_ptr<bool>(),
-                  keys_of(uint64_t(seed)),
-                  float(1 - ema_decay),
-                  ema_every};
-  return add_up(plan, gradients[0], kTelemetry,
-                [&](int64_t begin, int64_t end, uint64_t* sums) { step_units(plan, step, begin, end, sums); });
+  const Plan plan(step_items(weights, remainders, first, first_scales, second, second_scales, averages, gradients,
+                             starts, weights_as, moments_as));
+  const Numbers numbers = numbers_of(gradients, scalars, steps, coefficient, finite);
+  return stepped(plan, numbers, weights_as, moments_as, seed, ema_decay, ema_every, gradients[0]);
 }
 
-Tensor sums_of_squares(Tensors gradients) {
-  const Plan plan = plan_of(gradients, {}, {});
-  return add_up(plan, gradients[0], kNormSums,
+Tensor squares(const Plan& plan, const Tensor& like) {
+  return add_up(plan, like, kNormSums,
                 [&](int64_t begin, int64_t end, uint64_t* sums) { square_units(plan, begin, end, sums); });
 }
 
-Tensor adamw_begin(Tensors gradients, Tensors steps, std::vector<int64_t> groups, Tensors lr,
-                   std::vector<double> numbers, double max_norm) {
-  const Beginning beginning = beginning_of(gradients, steps, groups, lr, numbers);
-  const Tensor sums = sums_of_squares(gradients);
+Tensor sums_of_squares(Tensors gradients) { return squares(Plan(items_of(gradients, {}, {})), gradients[0]); }
+
+Tensor adamw_begin(Tensors gradients, Tensor plan, Tensors lr, std::vector<double> numbers, double max_norm) {
   const int64_t count = int64_t(gradients.size());
+  Planned* const begin = planned_at(plan, 0, count);
+  const std::vector<Options> options = options_of(lr, numbers);
+  const std::vector<Taken> taken = taken_of(begin, count, options.size());
+  if (!place(gradients, begin)) return integers(gradients[0], 0);
+  const Tensor sums = squares(Plan(items_of(begin, count)), gradients[0]);
   Tensor result = integers(gradients[0], begun_words(count));
   uint64_t* begun = static_cast<uint64_t*>(result.mutable_data_ptr());
   std::memcpy(begun, sums.const_data_ptr(), kNormSums * sizeof *begun);
   finish_norm(begun, max_norm);
-  for (int64_t i = 0; i < count; ++i) {
-    const Taken& taken = beginning.taken[size_t(i)];
-    begin_parameter(begun, i, count, taken, beginning.options[size_t(taken.group)]);
-  }
+  for (int64_t i = 0; i < count; ++i)
+    begin_parameter(begun, i, count, taken[size_t(i)], options[size_t(taken[size_t(i)].group)]);
   return result;
+}
+
+Tensor adamw_advance(Tensor plan, Tensor begun, int64_t first, int64_t count, int64_t seed, double ema_decay,
+                     int64_t ema_every) {
+  const Planned* begin = planned_at(plan, first, count);
+  const Numbers numbers = numbers_at(begun, first, plan.size(0));
+  return stepped(Plan(items_of(begin, count)), numbers, begin->weights, begin->moments, seed, ema_decay, ema_every,
+                 begun);
 }
 
 Tensor adamw_scalars(Tensor steps, Tensor lr, double beta1, double beta2, double eps, double weight_decay) {
@@ -84,6 +100,8 @@ Tensor adamw_scalars(Tensor steps, Tensor lr, double beta1, double beta2, double
 STABLE_TORCH_LIBRARY_IMPL(srpo, CPU, m) {
   m.impl("adamw_step", TORCH_BOX(&srpo::adamw_step));
   m.impl("sums_of_squares", TORCH_BOX(&srpo::sums_of_squares));
+  m.impl("adamw_plan", TORCH_BOX(&srpo::adamw_plan));
   m.impl("adamw_begin", TORCH_BOX(&srpo::adamw_begin));
+  m.impl("adamw_advance", TORCH_BOX(&srpo::adamw_advance));
   m.impl("adamw_scalars", TORCH_BOX(&srpo::adamw_scalars));
 }

@@ -65,36 +65,38 @@ Tensor cleared(const Tensor& like, int64_t size, int64_t zeros, cudaStream_t str
   return result;
 }
 
+Tensor stepped(Plan plan, const Numbers& numbers, Weights weights, Moments moments, int64_t seed, double ema_decay,
+               int64_t ema_every, const Tensor& like) {
+  STD_TORCH_CHECK(ema_every > 0, "adamw: ema_every must be positive, got ", ema_every);
+  const Place place(like);
+  const Step step{numbers.scalars, numbers.steps, numbers.coefficient, numbers.finite, keys_of(uint64_t(seed)),
+                  float(1 - ema_decay), ema_every};
+  Tensor result = cleared(like, kTelemetry, kTelemetry, place.stream);
+  uint64_t* sums = static_cast<uint64_t*>(result.mutable_data_ptr());
+  Launches launches(plan, false);
+  const Tensor words = uploaded(launches.words, like, place.stream);
+  for (Table& table : launches.tables) {
+    table.words = static_cast<const uint64_t*>(words.const_data_ptr());
+    launch_step(table, step, weights, moments, sums, place.multiprocessors, place.stream);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  return result;
+}
+
 Tensor adamw_step(Tensors weights, Tensors remainders, Tensors first, Tensors first_scales, Tensors second,
                   Tensors second_scales, Tensors averages, Tensors gradients, Tensor scalars, Tensor steps,
                   Tensor coefficient, Tensor finite, std::vector<int64_t> starts, int64_t seed, double ema_decay,
                   int64_t ema_every, std::string weights_name, std::string moments_name) {
   const Weights weights_as = weights_mode(weights_name);
   const Moments moments_as = moments_mode(moments_name);
-  Plan plan = step_plan(weights, remainders, first, first_scales, second, second_scales, averages, gradients,
-                        scalars, steps, coefficient, finite, starts, ema_every, weights_as, moments_as);
-  const Place place(gradients[0]);
-  const Step step{static_cast<const Scalars*>(scalars.const_data_ptr()),
-                  steps.const_data_ptr<int64_t>(),
-                  coefficient.const_data_ptr<float>(),
-                  finite.const_data_ptr<bool>(),
-                  keys_of(uint64_t(seed)),
-                  float(1 - ema_decay),
-                  ema_every};
-  Tensor result = cleared(gradients[0], kTelemetry, kTelemetry, place.stream);
-  uint64_t* sums = static_cast<uint64_t*>(result.mutable_data_ptr());
-  Launches launches(plan, false);
-  const Tensor words = uploaded(launches.words, gradients[0], place.stream);
-  for (Table& table : launches.tables) {
-    table.words = static_cast<const uint64_t*>(words.const_data_ptr());
-    launch_step(table, step, weights_as, moments_as, sums, place.multiprocessors, place.stream);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  }
-  return result;
+  Plan plan(step_items(weights, remainders, first, first_scales, second, second_scales, averages, gradients, starts,
+                       weights_as, moments_as));
+  const Numbers numbers = numbers_of(gradients, scalars, steps, coefficient, finite);
+  return stepped(std::move(plan), numbers, weights_as, moments_as, seed, ema_decay, ema_every, gradients[0]);
 }
 
 Tensor sums_of_squares(Tensors gradients) {
-  Plan plan = plan_of(gradients, {}, {});
+  Plan plan(items_of(gradients, {}, {}));
   const Place place(gradients[0]);
   Tensor result = cleared(gradients[0], kNormSums, kNormSums, place.stream);
   Launches launches(plan, true);
@@ -118,28 +120,37 @@ size_t append(std::vector<uint64_t>& words, const std::vector<T>& list) {
   return at;
 }
 
-Tensor adamw_begin(Tensors gradients, Tensors steps, std::vector<int64_t> groups, Tensors lr,
-                   std::vector<double> numbers, double max_norm) {
-  const Beginning beginning = beginning_of(gradients, steps, groups, lr, numbers);
-  Plan plan = plan_of(gradients, {}, {});
+Tensor adamw_begin(Tensors gradients, Tensor plan, Tensors lr, std::vector<double> numbers, double max_norm) {
+  const int64_t count = int64_t(gradients.size());
+  Planned* const begin = planned_at(plan, 0, count);
+  const std::vector<Options> every = options_of(lr, numbers);
+  const std::vector<Taken> all = taken_of(begin, count, every.size());
+  if (!srpo::place(gradients, begin)) return torch::stable::new_empty(gradients[0], {0}, ScalarType::Long);
   const Place place(gradients[0]);
-  Launches launches(plan, true);
+  Plan matrices(items_of(begin, count));
+  Launches launches(matrices, true);
   if (launches.tables.empty()) launches.tables.emplace_back();
-  const size_t taken = append(launches.words, beginning.taken), options = append(launches.words, beginning.options);
+  const size_t taken = append(launches.words, all), options = append(launches.words, every);
   const Tensor uploads = uploaded(launches.words, gradients[0], place.stream);
   const uint64_t* words = static_cast<const uint64_t*>(uploads.const_data_ptr());
-  const int64_t count = int64_t(gradients.size());
   Tensor result = cleared(gradients[0], begun_words(count), kNumbers, place.stream);
-  const Begin begin{reinterpret_cast<const Taken*>(words + taken), reinterpret_cast<const Options*>(words + options),
-                    count, max_norm};
+  const Begin last{reinterpret_cast<const Taken*>(words + taken), reinterpret_cast<const Options*>(words + options),
+                   count, max_norm};
   for (Table& table : launches.tables) {
     table.words = words;
-    const bool last = &table == &launches.tables.back();
-    launch_squares(table, last ? begin : Begin{}, static_cast<uint64_t*>(result.mutable_data_ptr()),
-                   place.multiprocessors, place.stream);
+    launch_squares(table, &table == &launches.tables.back() ? last : Begin{},
+                   static_cast<uint64_t*>(result.mutable_data_ptr()), place.multiprocessors, place.stream);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   return result;
+}
+
+Tensor adamw_advance(Tensor plan, Tensor begun, int64_t first, int64_t count, int64_t seed, double ema_decay,
+                     int64_t ema_every) {
+  const Planned* begin = planned_at(plan, first, count);
+  const Numbers numbers = numbers_at(begun, first, plan.size(0));
+  return stepped(Plan(items_of(begin, count)), numbers, begin->weights, begin->moments, seed, ema_decay, ema_every,
+                 begun);
 }
 
 Tensor adamw_scalars(Tensor steps, Tensor lr, double beta1, double beta2, double eps, double weight_decay) {
@@ -160,6 +171,8 @@ Tensor adamw_scalars(Tensor steps, Tensor lr, double beta1, double beta2, double
 STABLE_TORCH_LIBRARY_IMPL(srpo, CUDA, m) {
   m.impl("adamw_step", TORCH_BOX(&srpo::adamw_step));
   m.impl("sums_of_squares", TORCH_BOX(&srpo::sums_of_squares));
+  m.impl("adamw_plan", TORCH_BOX(&srpo::adamw_plan));
   m.impl("adamw_begin", TORCH_BOX(&srpo::adamw_begin));
+  m.impl("adamw_advance", TORCH_BOX(&srpo::adamw_advance));
   m.impl("adamw_scalars", TORCH_BOX(&srpo::adamw_scalars));
 }

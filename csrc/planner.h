@@ -50,7 +50,7 @@ enum Slot { kWeight, kRemainder, kGradient, kFirst, kFirstScale, kSecond, kSecon
 
 struct Item {
   Shard shard;
-  int32_t index;  // in the caller's list, of which empty shards are left out here
+  int32_t index;  // in the caller's list, of which a plan leaves out empty shards
   Gradient gradient;
   void* pointer[kSlots];
 };
@@ -60,6 +60,8 @@ struct Plan {
   std::vector<int64_t> first_unit;  // of each item, and the number of all units
 
   explicit Plan(std::vector<Item> list) : items(std::move(list)), first_unit(1, 0) {
+    const auto empty = [](const Item& item) { return item.shard.rows == 0 || item.shard.columns == 0; };
+    items.erase(std::remove_if(items.begin(), items.end(), empty), items.end());
     for (const Item& item : items) first_unit.push_back(first_unit.back() + count_units(item.shard));
   }
   int64_t units() const { return first_unit.back(); }

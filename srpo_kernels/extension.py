@@ -59,13 +59,22 @@ _STEP = (
 )
 # int64 [34]: 32 bins, the chunks whose sum is not finite, the elements that are not finite.
 _SQUARES = "(Tensor[] gradients) -> Tensor"
+# The step again and again, without a thousand tensors for arguments: a plan, int64 [n, 15] in host memory, has where
+# everything is, so that a schema cannot say what changes, and the caller must know that all of it is still there. Plans
+# of several lists are one after the other; `steps` (fp32, one element each) count those taken.
+_PLAN = (
+    "(Tensor[] weights, Tensor[] remainders, Tensor[] first, Tensor[] first_scales, Tensor[] second, "
+    "Tensor[] second_scales, Tensor[] averages, Tensor[] gradients, Tensor[] steps, int[] starts, int group, "
+    "str weights_mode, str moments_mode) -> Tensor"
+)
 # What the steps of all parameters begin with, in int64 words: the 34 above, the norm (double), the coefficient (fp32),
 # whether it is finite (bool), one word for the kernel; then the numbers of the coming steps [n] and, as fp32, their
-# `reference.Scalars` [n, 7]. `steps` (fp32, one element) are counted unless the norm is not finite. `groups` says whose
-# `lr` (a double; read now if it is on the CPU) and which four of `numbers` (beta1, beta2, eps, weight_decay) they take.
-_BEGIN = (
-    "(Tensor[] gradients, Tensor(a!)[] steps, int[] groups, Tensor[] lr, float[] numbers, float max_norm) -> Tensor"
-)
+# `reference.Scalars` [n, 7]. Steps are counted unless the norm is not finite. A parameter takes the `lr` (a double,
+# read now if it is on the CPU) and the four `numbers` (beta1, beta2, eps, weight_decay) of its group. Empty, and
+# nothing is done, if gradients are not of the shapes and dtypes that were planned, or not contiguous.
+_BEGIN = "(Tensor[] gradients, Tensor(a!) plan, Tensor[] lr, float[] numbers, float max_norm) -> Tensor"
+# adamw_step for parameters [first, first + count) of the plan, after adamw_begin.
+_ADVANCE = "(Tensor plan, Tensor begun, int first, int count, int seed, float ema_decay, int ema_every) -> Tensor"
 # fp32 [n, 7]: `reference.Scalars` for every step number; lr is a double on the same device.
 _SCALARS = "(Tensor steps, Tensor lr, float beta1, float beta2, float eps, float weight_decay) -> Tensor"
 
@@ -78,9 +87,17 @@ def _squares_fake(gradients: list[Tensor]) -> Tensor:
     return gradients[0].new_empty(34, dtype=torch.int64)
 
 
+def _plan_fake(weights: list[Tensor], *_: object) -> Tensor:
+    return torch.empty(len(weights), 15, dtype=torch.int64, device="cpu")
+
+
 def _begin_fake(gradients: list[Tensor], *_: object) -> Tensor:
     count = len(gradients)
     return gradients[0].new_empty(38 + count + (7 * count + 1) // 2, dtype=torch.int64)
+
+
+def _advance_fake(plan: Tensor, begun: Tensor, *_: object) -> Tensor:  # noqa: ARG001
+    return begun.new_empty(65)
 
 
 def _scalars_fake(steps: Tensor, *_: object) -> Tensor:
@@ -90,7 +107,9 @@ def _scalars_fake(steps: Tensor, *_: object) -> Tensor:
 for _name, _schema, _fake in (
     ("adamw_step", _STEP, _step_fake),
     ("sums_of_squares", _SQUARES, _squares_fake),
+    ("adamw_plan", _PLAN, _plan_fake),
     ("adamw_begin", _BEGIN, _begin_fake),
+    ("adamw_advance", _ADVANCE, _advance_fake),
     ("adamw_scalars", _SCALARS, _scalars_fake),
 ):
     torch.library.define(f"srpo::{_name}", _schema)

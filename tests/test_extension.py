@@ -319,6 +319,96 @@ def test_schemas_and_fakes():
     torch.library.opcheck(torch.ops.srpo.adamw_scalars.default, (steps, lr, 0.9, 0.99, 1e-8, 0.0))
 
 
+def planned(list_: list[SimpleNamespace], weights: str, moments: str, starts: list[int], group: int = 0) -> Tensor:
+    """The plan of a step of `list_`, whose steps taken are counted in fp32."""
+    names = ("remainder", "exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
+    lists = [[made.state[name] for made in list_ if name in made.state] for name in names]
+    for made in list_:
+        made.taken = made.step.float() - 1
+    rest = [made.gradient for made in list_], [made.taken for made in list_], starts, group, weights, moments
+    return torch.ops.srpo.adamw_plan([made.weight for made in list_], *lists, [made.average for made in list_], *rest)
+
+
+@built
+def test_a_planned_step_is_the_same():
+    """Two lists, of which the second has its own options, against a call of adamw_step for each."""
+    modes, starts = [("split32", "M4"), ("split24", "M2")], [10_000 * i for i in range(len(SHAPES))]
+    rates, options = [3e-4, 1e-3], [0.9, 0.999, 1e-8, 0.01] * 2
+    dtypes = [torch.bfloat16, torch.float32]
+    lists = [[make(s, *modes[k], dtypes[k], 31 * k + i) for i, s in enumerate(SHAPES)] for k in range(2)]
+    mine = [[clone(parameter) for parameter in list_] for list_ in lists]
+    plan = torch.cat([planned(mine[k], *modes[k], starts, k) for k in range(2)])
+    for _ in range(2):  # the second on other gradients, elsewhere
+        gradients = [[torch.randn_like(p.gradient) * 1e-3 for p in list_] for list_ in lists]
+        both = [*gradients[0], *gradients[1]]
+        sums = torch.ops.srpo.sums_of_squares(both)
+        coefficient = (0.01 / (reference.total(sums[:BINS]).sqrt() + 1e-6)).float()
+        for k, list_ in enumerate(lists):
+            for parameter, gradient in zip(list_, gradients[k], strict=True):
+                parameter.gradient = gradient
+            numbers = {"lr": rates[k], "coefficient": coefficient}
+            compiled(list_, *modes[k], starts, numbers, 1)
+        lr = [torch.tensor(rate, dtype=torch.float64) for rate in rates]
+        begun = torch.ops.srpo.adamw_begin(both, plan, lr, options, 0.01)
+        assert torch.equal(begun[: BINS + 2], sums)
+        for k in range(2):
+            count = len(SHAPES)
+            torch.ops.srpo.adamw_advance(plan, begun, k * count, count, 2**40 + 7, 0.99, 1)
+            for shape, expected, got in zip(SHAPES, lists[k], mine[k], strict=True):
+                assert got.taken == expected.step
+                for name, value in contents(expected).items():
+                    assert torch.equal(contents(got)[name], value), f"{name} of {shape}"
+        for parameter in (*lists[0], *lists[1]):
+            parameter.step = parameter.step + 1
+
+
+@built
+def test_plans_are_checked():
+    made = [make(shape, "split32", "M4", torch.bfloat16, 0) for shape in [(3, 200), (5,)]]
+    plan = planned(made, "split32", "M4", [0, 600])
+    lr, numbers = [torch.tensor(1e-3, dtype=torch.float64)], [0.9, 0.99, 1e-8, 0.0]
+    gradients, wanted = [parameter.gradient for parameter in made], contents(made[0])
+    others = [gradients[0].float(), gradients[0][:2], gradients[0].T.contiguous().T, torch.zeros(200, 3).bfloat16()]
+    for other in others:  # "empty" says that they are not as planned
+        assert torch.ops.srpo.adamw_begin([other, gradients[1]], plan, lr, numbers, 1.0).numel() == 0
+    assert all(parameter.taken == parameter.step - 1 for parameter in made)
+    begun = torch.ops.srpo.adamw_begin(gradients, plan, lr, numbers, 1.0)
+    for call, message in [
+        (
+            lambda: torch.ops.srpo.adamw_begin(gradients * 2, plan, lr, numbers, 1.0),
+            "no parameters 0 to 4 in a plan of 2",
+        ),
+        (lambda: torch.ops.srpo.adamw_begin(gradients, plan, [], [], 1.0), "no group 0"),
+        (lambda: torch.ops.srpo.adamw_begin(gradients, plan[:, 1:], lr, numbers, 1.0), "not what adamw_plan returns"),
+        (lambda: torch.ops.srpo.adamw_advance(plan, begun[1:], 0, 2, 0, 0.0, 1), "not what adamw_begin returns"),
+        (lambda: torch.ops.srpo.adamw_advance(plan, begun, 1, 2, 0, 0.0, 1), "no parameters 1 to 3"),
+        (lambda: torch.ops.srpo.adamw_advance(plan, begun, 0, 2, 0, 0.0, 0), "ema_every must be positive"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            call()
+    assert all(torch.equal(value, wanted[name]) for name, value in contents(made[0]).items())
+
+
+@built
+def test_schemas_and_fakes_of_planned_steps():
+    """On a gradient that is not finite: a plan's addresses are not arguments, so what is there must not change."""
+    made = [make(shape, "split32", "M2", torch.bfloat16, i) for i, shape in enumerate([(3, 200), (5,)])]
+    made[0].gradient[0, 0] = torch.nan
+    plan = planned(made, "split32", "M2", [0, 600])
+    names = ("remainder", "exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
+    lists = [[parameter.state[name] for parameter in made] for name in names]
+    gradients = [parameter.gradient for parameter in made]
+    begin = gradients, plan, [torch.tensor(1e-3, dtype=torch.float64)], [0.9, 0.99, 1e-8, 0.0], 1.0
+    torch.library.opcheck(torch.ops.srpo.adamw_begin.default, begin)
+    begun = torch.ops.srpo.adamw_begin(*begin)
+    torch.library.opcheck(torch.ops.srpo.adamw_advance.default, (plan, begun, 0, 2, 3, 0.0, 1))
+    fake = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        rest = [parameter.taken for parameter in made], [0, 600], 0, "split32", "M2"
+        found = torch.ops.srpo.adamw_plan([p.weight for p in made], *lists, [], gradients, *rest)
+    assert (found.shape, found.dtype, found.device) == (plan.shape, plan.dtype, plan.device)
+
+
 @built
 def test_wrong_arguments_are_refused():
     made = make((3, 200), "split32", "M4", torch.bfloat16, 0)

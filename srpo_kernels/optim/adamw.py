@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -13,11 +12,11 @@ from torch.optim import Optimizer
 
 from srpo_kernels.optim import states
 from srpo_kernels.optim.averages import averages_in_place, check_averages
-from srpo_kernels.optim.beginning import begin, begins
 from srpo_kernels.optim.compiled import advance_alike, takes
 from srpo_kernels.optim.eager import advance
 from srpo_kernels.optim.norm import GradientNorm, gradient_norm
 from srpo_kernels.optim.options import check_group, check_options
+from srpo_kernels.optim.prepared import Prepared, can_prepare
 from srpo_kernels.optim.sharding import shard_groups
 from srpo_kernels.optim.storage import Storage
 from srpo_kernels.optim.streaming import streamed, wait_for_copies
@@ -85,6 +84,7 @@ class AdamW(Optimizer):
     _telemetry: dict[str, Tensor] | Callable[[], dict[str, Tensor]]
     _in_backward: StepInBackward | None = None  # who steps instead, if anyone
     _averaged = False  # whether parameters are the averages
+    _prepared: Prepared | None = None  # the last step, to be taken again
 
     def __init__(
         self,
@@ -152,24 +152,23 @@ class AdamW(Optimizer):
                 loss = closure()
         if self._in_backward is not None:
             self._in_backward._end()
-        elif work := work_for(self, with_gradients(self)):
-            self._step(work)
+        elif self._prepared is None or not (self._prepared.fits(self) and self._prepared.step(self)):
+            self._prepared = None
+            if work := work_for(self, with_gradients(self)):
+                self._step(work)
         if self.offload != "none":
             wait_for_copies(next(iter(places(self))).device)
         return loss
 
     def _step(self, work: Work) -> None:
         alike = [(group, list_) for group, members in work for list_ in _alike(members)]
-        if not begins(alike):
-            norm = gradient_norm([gradient for _, group in work for _, gradient in group])
-            self.telemetry = telemetry(norm, self._advance(work, norm, self._coefficient(norm)), stepped(work))
-            return
-        norm, coefficient, numbers = begin(alike, self.max_grad_norm)
-        sums: list[Sums] = [
-            ((), advance_alike(group, members, steps, norm, coefficient, scalars))
-            for (group, members), (steps, scalars) in zip(alike, numbers, strict=True)
-        ]
-        self._telemetry = partial(telemetry, norm, sums, stepped(work))  # its many small launches only if it is read
+        if can_prepare(alike):
+            prepared = Prepared(self, alike)
+            if prepared.step(self):
+                self._prepared = prepared
+                return
+        norm = gradient_norm([gradient for _, group in work for _, gradient in group])
+        self.telemetry = telemetry(norm, self._advance(work, norm, self._coefficient(norm)), stepped(work))
 
     @property
     def telemetry(self) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from srpo_kernels.optim.storage import Storage
 if TYPE_CHECKING:
     from srpo_kernels.optim.norm import GradientNorm
 
-__all__ = ["advance_alike", "available", "operators", "takes", "triton_takes"]
+__all__ = ["advance_alike", "available", "lists_of", "operators", "starts_of", "takes", "triton_takes"]
 
 _HAS_TRITON = find_spec("triton") is not None
 
@@ -49,54 +49,48 @@ def takes(storage: Storage) -> bool:
     return available(parameter.device) and parameter.is_contiguous()
 
 
+def lists_of(storages: list[Storage]) -> list[list[Tensor]]:
+    """What storages that are alike hold here, as operators take it: weights, and a list of every state, or none."""
+    names = ("remainder", "exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale", "ema")
+    states = [[local(storage.state[name]) for storage in storages if name in storage.state] for name in names]
+    return [[local(storage.parameter).detach() for storage in storages], *states]
+
+
+def starts_of(storages: list[Storage]) -> list[int]:
+    """The places of the first elements that are here."""
+    starts = []
+    for storage in storages:
+        row = local_rows(storage.parameter)[0]
+        starts.append(storage.offset + (row and row * matrix(local(storage.parameter)).shape[1]))
+    return starts
+
+
 def advance_alike(
     group: dict[str, Any],
     members: list[tuple[Storage, Tensor]],
     steps: Tensor,
     norm: GradientNorm,
     coefficient: Tensor,
-    scalars: Tensor | None = None,
 ) -> Tensor:
-    """Step `members`, with their gradients, whose numbers of the coming step are `steps`; returns telemetry's sums.
-
-    With `scalars`, from `beginning.begin`, steps are counted already.
-    """
+    """Step `members`, with their gradients, whose numbers of the coming step are `steps`; returns telemetry's sums."""
     storages = [storage for storage, _ in members]
-
-    def stored(name: str) -> list[Tensor]:
-        return [local(storage.state[name]) for storage in storages if name in storage.state]
-
-    ops, counted = operators(steps.device), scalars is not None
-    if scalars is None:
-        scalars = _scalars(ops, group, steps)
-    weights = [local(storage.parameter).detach() for storage in storages]
-    changing = {
-        name: stored(name)
-        for name in ("remainder", "exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale", "ema")
-    }
-    starts = []
-    for storage, weight in zip(storages, weights, strict=True):
-        row = local_rows(storage.parameter)[0]
-        starts.append(storage.offset + (row and row * matrix(weight).shape[1]))
+    ops, changing = operators(steps.device), lists_of(storages)
     sums = ops.adamw_step(
-        weights,
-        *changing.values(),
+        *changing,
         [local(gradient).contiguous() for _, gradient in members],
-        scalars,
+        _scalars(ops, group, steps),
         steps,
         coefficient,
         norm.finite,
-        starts,
+        starts_of(storages),
         storages[0].seed,
         group["ema_decay"] or 0.0,
         group["ema_every"],
         storages[0].weights,
         storages[0].moments,
     )
-    if not counted:
-        torch._foreach_add_([storage.state["step"] for storage in storages], norm.finite.float())
-    for changed in [list(map(local, (storage.parameter for storage in storages))), *changing.values()]:
-        torch.autograd.graph.increment_version(changed)
+    torch._foreach_add_([local(storage.state["step"]) for storage in storages], norm.finite.float())
+    torch.autograd.graph.increment_version(local(storage.parameter) for storage in storages)
     return sums
 
 

@@ -37,7 +37,7 @@ def run(weights: str, moments: str, strided: bool) -> tuple[list[Any], dict[str,
 
 
 @needs_extension
-@pytest.mark.parametrize("strided", [False, True], ids=["begun at once", "strided"])
+@pytest.mark.parametrize("strided", [False, True], ids=["prepared", "strided"])
 @pytest.mark.parametrize("weights", ["fp32", "split32", "split24", "bf16_sr"])
 @pytest.mark.parametrize("moments", ["fp32", "M4", "M3", "M2"])
 def test_with_and_without_the_extension(
@@ -45,7 +45,7 @@ def test_with_and_without_the_extension(
 ) -> None:
     compiled, telemetry = run(weights, moments, strided)
     monkeypatch.setattr(adamw, "takes", lambda _: False)
-    monkeypatch.setattr(adamw, "begins", lambda _: False)
+    monkeypatch.setattr(adamw, "can_prepare", lambda _: False)
     monkeypatch.setattr(norm, "available", lambda _: False)
     plain, expected = run(weights, moments, strided)
     assert len(compiled) == len(plain)

@@ -9,9 +9,11 @@ import torch
 from adamw_cases import assert_same, everything
 from torch import Tensor, nn
 
+from srpo_kernels.extension import available
 from srpo_kernels.optim import AdamW, adamw
 
 LAYERS = 120
+needs_extension = pytest.mark.skipif(not available("cpu"), reason="srpo_kernels._C is not built")
 
 
 class LoRA(nn.Module):
@@ -32,26 +34,35 @@ class LoRA(nn.Module):
 
 
 @pytest.mark.parametrize("weights", ["fp32", "split32"])
-def test_hundreds_of_small_parameters_take_one_call(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("prepared", [False, pytest.param(True, marks=needs_extension)])
+def test_hundreds_of_small_parameters_take_one_call(
+    weights: str, prepared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network = LoRA(torch.float32 if weights == "fp32" else torch.bfloat16)
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = AdamW(trained, 3e-4, weights=weights, moments="M2", max_grad_norm=1.0)
     calls = []
-    for name in ("advance_alike", "advance"):  # with the extension, and without
-        plain = getattr(adamw, name)
+    plain = adamw.advance
 
-        def counted(group, members, *rest, plain=plain):
-            calls.append(len(members))
-            return plain(group, members, *rest)
+    def counted(group, members, *rest):
+        calls.append(len(members))
+        return plain(group, members, *rest)
 
-        monkeypatch.setattr(adamw, name, counted)
+    if not prepared:
+        monkeypatch.setattr(adamw, "advance", counted)
+        monkeypatch.setattr(adamw, "takes", lambda _: False)
+        monkeypatch.setattr(adamw, "can_prepare", lambda _: False)
     before = [parameter.detach().clone() for parameter in trained]
     for _ in range(2):
         x = network(torch.ones(2, 24, dtype=trained[0].dtype))
         x.float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert calls == [2 * LAYERS] * 2
+    if prepared:
+        assert optimizer._prepared is not None
+        assert [count for _, _, count in optimizer._prepared._lists] == [2 * LAYERS]
+    else:
+        assert calls == [2 * LAYERS] * 2
     masters = optimizer.master_weights()
     assert all(not torch.equal(master, old.float()) for master, old in zip(masters, before, strict=True))
     assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {torch.float32}
