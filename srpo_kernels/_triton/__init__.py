@@ -1,4 +1,7 @@
-"""Triton kernels and their launchers, imported by name when they first run. Older Tritons than 3.6 raise ImportError."""
+"""Triton kernels and their launchers, one file per operator of `srpo_kernels.ops`, which checks their inputs.
+
+Raises ImportError where Triton is missing or older than 3.6.
+"""
 
 import re
 
