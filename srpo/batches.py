@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import product
 from typing import NamedTuple
@@ -66,14 +66,28 @@ class CleanBatches:
         """Have all that this rank will encode from update `start` on in the cache on disk: no text encoder stays."""
         if self._flux.texts is None:
             return
-        batches = product(range(start, self.config.srpo.updates), range(self.count))
-        texts = [caption.text for batch in batches for caption in self.chosen(*batch)[0]]
+        texts = [caption.text for _, captions in self._ahead(start) for caption in captions]
         if self.config.run.sample_every:
             texts += self._sources.sample_prompts()
         try:
             self._flux.texts.prepare(texts)
         except OSError as error:
             warnings.warn(f"text cache {self.config.model.text_cache} cannot be written: {error}", stacklevel=2)
+
+    def prepare_reward(self, start: int, scored: Callable[[int, Sequence[Prompt]], list[str]]) -> None:
+        """With a text cache of its own, have the reward embed all that it will be asked about from update `start` on:
+        its text tower leaves the device.
+        """
+        if self.config.reward.text_cache is None:
+            return
+        for step, captions in self._ahead(start):
+            self._reward.embed_prompts(scored(step, captions))
+        self._reward.release_text_tower()
+
+    def _ahead(self, start: int) -> Iterator[tuple[int, list[Prompt]]]:
+        """Step and captions of every clean batch of this rank from update `start` on."""
+        for step, index in product(range(start, self.config.srpo.updates), range(self.count)):
+            yield step, self.chosen(step, index)[0]
 
     def embed_texts(self, step: int, index: int, scored: Callable[[int, Sequence[Prompt]], list[str]]) -> None:
         """Have every text that a clean batch's rollout and draws ask for cached: no text tower runs in them.

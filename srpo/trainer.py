@@ -71,7 +71,7 @@ class Trainer:
 
         dtype = compute_dtype(config.model.precision)
         self.reward = load_reward(config.reward, objective, device=self.ranks.device, dtype=dtype)
-        if config.algorithm == "srpo":
+        if config.baseline is None:
             _check_threshold(config, self.reward)
         self.flux = Flux.load(
             model,
@@ -103,6 +103,7 @@ class Trainer:
             sharded=self.sharded,
             checkpointing=self.policy.mode,
         )
+        self.batches.prepare_reward(self.start, self.update.scored)
         self.validation = Validation(config, self.ranks, self.flux, self.sources, self.reward)
         named = self.flux.trainable()
         self.names, self.parameters = list(named), list(named.values())

@@ -609,3 +609,12 @@ def row(name: str, mode: str, milliseconds: float | None, flops: float | None = 
     status = "skipped" if milliseconds is None else "ok"
     processes = [] if milliseconds is None else [{"median": milliseconds}]
     return {"name": name, "mode": mode, "status": status, "flops": flops, "processes": processes}
+
+
+def test_text_tower_of_a_reward_with_a_cache_leaves_the_gpu() -> None:
+    block = "model.checkpointing=block"
+    before, after = plan("H200", 1, block).memory, plan("H200", 1, block, "reward.text_cache=texts").memory
+    [tower] = [term for term in before.terms if "text tower" in term.name]
+    assert tower.most > 1e9  # ViT-H-14's, in fp32
+    assert not [term for term in after.terms if "text tower" in term.name]
+    assert before.peak - after.peak == pytest.approx(tower.most)

@@ -137,7 +137,8 @@ def _models(setting: Setting) -> Iterator[Term]:
         yield Term.always(f"T5 and CLIP text encoders, {_name(item)}", (sizes.t5 + sizes.clip) * item)
     kind = config.reward.type
     yield Term.always(f"reward {kind}: what gradients pass through, {_name(item)}", sizes.reward.parameters * item)
-    yield Term.always(f"reward {kind}: text tower, fp32", sizes.reward.wide * 4)
+    released = 0 if config.reward.text_cache is None else sizes.reward.texts  # to host memory, once all is embedded
+    yield Term.always(f"reward {kind}: text tower, fp32", (sizes.reward.wide - released) * 4)
     yield Term.always("rewards of validation", sum(part.bytes(item) for part in sizes.validation))
 
 
