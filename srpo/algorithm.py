@@ -142,7 +142,7 @@ class Algorithm(ABC):
         names = draws[0].branches
         losses = torch.stack([draw.branch_losses for draw in draws]).mean(0)
         scores = torch.stack([draw.scores.mean(1) for draw in draws]).mean(0)
-        forwards = torch.tensor(sum(draw.forwards for draw in draws), device=losses.device)
+        forwards = torch.tensor(float(sum(draw.forwards for draw in draws)), device=losses.device)
         self._ranks.average([losses, scores, forwards])
         return {
             "losses": {"total": losses.sum().item(), **dict(zip(names, losses.tolist(), strict=True))},

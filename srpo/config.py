@@ -17,6 +17,7 @@ from srpo.baselines.config import (
     ALGORITHMS,
     BASELINES,
     AlgorithmName,
+    BaselineConfig,
     DanceGRPOConfig,
     DirectAlignConfig,
     DRaFTConfig,
@@ -167,8 +168,8 @@ class TrainConfig:
                 object.__setattr__(self, name, kind())
             elif name != self.algorithm and getattr(self, name) is not None:
                 raise ValueError(f"section {name} is for algorithm {name}, but algorithm is {self.algorithm}")
-        if self.algorithm != "srpo":
-            getattr(self, self.algorithm).check(self.data.mode, self.run.draws_per_rollout, self.srpo.rollout_steps)
+        if self.baseline is not None:
+            self.baseline.check(self.data.mode, self.run.draws_per_rollout, self.srpo.rollout_steps)
         check_reward(self.reward, self.srpo)
         check_validation(self.validation, self.run.sample_every, self.run.save_every)
         if self.run.sharding != "none" and self.optimizer.name != "srpo":
@@ -192,6 +193,11 @@ class TrainConfig:
             raise ValueError(
                 f"optimizer.weights {weights} trains bf16 weights, which model.precision fp32 does not have"
             )
+
+    @property
+    def baseline(self) -> BaselineConfig | None:
+        """The algorithm's own section; None for SRPO."""
+        return None if self.algorithm == "srpo" else getattr(self, self.algorithm)
 
 
 def find_recipe(name: str) -> Path:

@@ -31,7 +31,8 @@ def portable_recipe(config: TrainConfig) -> str:
 
 
 def export_title(config: TrainConfig) -> str:
-    return f"SRPO fine-tuning of {config.model.path}"
+    title = "SRPO" if config.baseline is None else config.baseline.title
+    return f"{title} fine-tuning of {config.model.path}"
 
 
 def licence_name(config: TrainConfig) -> str:
@@ -61,15 +62,18 @@ def model_card(
     """
     front: dict[str, Any] = {"library_name": "diffusers", "base_model": config.model.path}
     front["base_model_relation"] = "adapter" if adapters else "finetune"
-    front["tags"] = ["srpo", "lora"] if adapters else ["srpo"]
+    front["tags"] = [config.algorithm, "lora"] if adapters else [config.algorithm]
     front["license"] = "apache-2.0" if config.model.path == TINY else "other"
-    controls = f"{', '.join(config.srpo.positive_controls)} against {', '.join(config.srpo.negative_controls)}"
+    trained = f"{config.data.mode.capitalize()} mode"
+    if config.baseline is None:
+        words = (", ".join(words) for words in (config.srpo.positive_controls, config.srpo.negative_controls))
+        trained += f", control words: {' against '.join(words)}"
     recipe = portable_recipe(config)
     return "\n\n".join(
         [
             f"---\n{yaml.safe_dump(front)}---",
             f"# {export_title(config)}",
-            f"{what} {config.data.mode.capitalize()} mode, control words: {controls}.",
+            f"{what} {trained}.",
             f"```\n{usage}\n```",
             f"## Licence\n\n{_licence(config)}",
             f"## Recipe\n\n{_summary(config)}\n\nSHA-256 of the exported recipe: `{_sha256(recipe.encode())}`.",
@@ -105,11 +109,14 @@ def _summary(config: TrainConfig) -> str:
         ("updates planned", objective.updates),
         ("batch", objective.batch_size),
         ("learning rate", objective.learning_rate),
-        ("form", objective.form),
-        ("window", list(objective.window)),
-        ("rollout", f"{objective.rollout_steps} steps, guidance {objective.rollout_guidance}"),
-        ("seed", config.run.seed),
     ]
+    if config.baseline is None:
+        rows += [("form", objective.form), ("window", list(objective.window))]
+        rows += [("rollout", f"{objective.rollout_steps} steps, guidance {objective.rollout_guidance}")]
+    else:
+        rows += [("rollout", f"{objective.rollout_steps} steps")]
+        rows += [(name, value) for name, value in dataclasses.asdict(config.baseline).items()]
+    rows += [("seed", config.run.seed)]
     return _table(["", ""], rows)
 
 

@@ -53,7 +53,7 @@ def training_curves(records: Sequence[Mapping]) -> list[str]:
 
     return [
         curves("Loss", "update", group("losses")),
-        curves("Relative score by branch", "update", group("scores")),
+        curves("Score by branch", "update", group("scores")),
         curves("Gradient norm before clipping", "update", {"norm": (steps, [r["grad_norm"] for r in records])}),
         curves("Seconds by phase", "update", group("seconds")),
     ]

@@ -26,6 +26,7 @@ class BaselineConfig:
     """What all of them have. All raise `ValueError`, naming the key, when a number is out of range."""
 
     name: ClassVar[str]
+    title: ClassVar[str]
     #: Whether x0 is made by a rollout of the algorithm's own, so that there is nothing for real images to do.
     rolls_out: ClassVar[bool] = True
 
@@ -52,7 +53,7 @@ class BaselineConfig:
 class DirectAlignConfig(BaselineConfig):
     """Direct-Align without the relative reward: the denoise branch, scored by one prompt (arXiv 2509.06942)."""
 
-    name = "direct_align"
+    name, title = "direct_align", "Direct-Align"
     rolls_out = False
 
     threshold: float | None = None  # loss is relu(threshold - score); null: -score
@@ -65,7 +66,7 @@ class DirectAlignConfig(BaselineConfig):
 class ReFLConfig(BaselineConfig):
     """ReFL (arXiv 2304.05977): a rollout to a random late step, whose prediction of x0 is scored."""
 
-    name = "refl"
+    name, title = "refl", "ReFL"
 
     late: float = 0.25  # the last part of the rollout's steps, of which one is drawn: 30 to 39 of 40
     threshold: float | None = 2.0  # loss is weight * relu(threshold - score); null: -weight * score
@@ -81,7 +82,7 @@ class ReFLConfig(BaselineConfig):
 class DRaFTConfig(BaselineConfig):
     """DRaFT (arXiv 2309.17400): the gradient of -score through the last steps of a rollout."""
 
-    name = "draft"
+    name, title = "draft", "DRaFT"
 
     k: int = 1  # DRaFT-K: steps that the gradient goes through
     lv: int = 0  # DRaFT-LV: images noised again to the last step's level and denoised, to average over; the authors: 2
@@ -100,7 +101,7 @@ class DRaFTConfig(BaselineConfig):
 class DanceGRPOConfig(BaselineConfig):
     """DanceGRPO (arXiv 2505.07818) with the numbers that its authors publish for FLUX."""
 
-    name = "dancegrpo"
+    name, title = "dancegrpo", "DanceGRPO"
 
     generations: int = 12  # images of each prompt, from one initial noise
     optimizer_steps: int = 3  # of an update; each takes its share of every prompt's images

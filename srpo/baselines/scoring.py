@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from srpo.algorithm import Algorithm
-from srpo.baselines.config import BaselineConfig
 from srpo.objective import with_control
 from srpo.prompts import Prompt
 from srpo.sampling import rollout
@@ -24,8 +23,7 @@ class SinglePrompt(Algorithm):
     @property
     def own(self) -> Any:
         """The algorithm's own section of the recipe."""
-        section: BaselineConfig = getattr(self.config, self.config.algorithm)
-        return section
+        return self.config.baseline
 
     def scored(self, step: int, captions: Sequence[Prompt]) -> list[str]:
         texts = [caption.text for caption in captions]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from srpo.config import TrainConfig
+from srpo.errors import InputError
 from srpo.hardware import Gpu
 from srpo.plan.changes import Advice, advise
 from srpo.plan.collectives import Collective, count_collectives
@@ -97,8 +98,11 @@ def make_plan(
         results: folder of measurements to compare with. collectives: count what ranks exchange, in about a minute.
 
     Raises:
-        InputError: the batch cannot be dealt out, a file that is there cannot be used, or sizes do not fit the model.
+        InputError: the algorithm is not SRPO, the batch cannot be dealt out, a file that is there cannot be used, or
+            sizes do not fit the model.
     """
+    if config.baseline is not None:
+        raise InputError(f"plans are reckoned for algorithm srpo only, got {config.algorithm}")
     chosen: Sharding = getattr(config.run, "sharding", "none") if sharding is None else sharding
     setting = Setting(config, gpu, count, chosen, Sizes.of(config))
     got = efficiencies or Efficiencies()
