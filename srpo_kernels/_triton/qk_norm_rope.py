@@ -183,7 +183,7 @@ def _backward_tiles(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """q, then k: sums for both at once would leave registers for a quarter of an SM's warps, not half."""
+    """q, then k: sums for both at once would leave registers for a quarter of an SM's warps, not half. v is copied."""
     column = tl.arange(0, BLOCK)
     columns = tl.broadcast_to(column[None, :], (ROWS, BLOCK))
     first = program * tiles
@@ -217,6 +217,12 @@ def _backward_tiles(
             tl.store(partial + (GROUP + index) * size, tl.sum(sums, 0), mask=column < WIDTH)
             if GROUPS == 4:  # nothing for the other stream
                 tl.store(partial + (GROUP + 2 + index) % 4 * size, tl.zeros((BLOCK,), ACC), mask=column < WIDTH)
+    if outs[2] is not None:
+        for tile in range(first, last):
+            row, exists, image, position, head = _rows(tile, length, batch, HEADS, ROWS)
+            mask = exists & (columns < WIDTH)
+            source = _offset(image, position + start, head, dout_strides) + columns
+            tl.store(outs[2] + row * WIDTH + columns, tl.load(douts[2] + source, mask=mask), mask=mask)
 
 
 @triton.jit
@@ -230,6 +236,7 @@ def qk_norm_rope_backward_kernel(
     text_head_stride,
     text_dq_ptr,  # None, like those below: not wanted
     text_dk_ptr,
+    text_dv_ptr,
     image_q_ptr,
     image_k_ptr,
     image_q_weight_ptr,
@@ -239,8 +246,10 @@ def qk_norm_rope_backward_kernel(
     image_head_stride,
     image_dq_ptr,
     image_dk_ptr,
+    image_dv_ptr,
     dq_ptr,
     dk_ptr,
+    dv_ptr,
     batch_stride,
     token_stride,
     head_stride,
@@ -262,13 +271,13 @@ def qk_norm_rope_backward_kernel(
     """Grid: (programs of text + programs of image,)."""
     program = tl.program_id(0)
     programs = tl.cdiv(tl.cdiv(batch * text_length * HEADS, ROWS), tiles)
-    douts = (dq_ptr, dk_ptr)
+    douts = (dq_ptr, dk_ptr, dv_ptr)
     dout_strides = (batch_stride, token_stride, head_stride)
     if program >= programs:
         ptrs = (image_q_ptr, image_k_ptr)
         weights = (image_q_weight_ptr, image_k_weight_ptr)
         strides = (image_batch_stride, image_token_stride, image_head_stride)
-        outs = (image_dq_ptr, image_dk_ptr)
+        outs = (image_dq_ptr, image_dk_ptr, image_dv_ptr)
         group: tl.constexpr = 0 if text_q_ptr is None else 2
         _backward_tiles(
             program - programs, ptrs, weights, strides, outs, image_length, text_length, batch, douts, dout_strides,
@@ -278,7 +287,7 @@ def qk_norm_rope_backward_kernel(
         ptrs = (text_q_ptr, text_k_ptr)
         weights = (text_q_weight_ptr, text_k_weight_ptr)
         strides = (text_batch_stride, text_token_stride, text_head_stride)
-        outs = (text_dq_ptr, text_dk_ptr)
+        outs = (text_dq_ptr, text_dk_ptr, text_dv_ptr)
         _backward_tiles(
             program, ptrs, weights, strides, outs, text_length, 0, batch, douts, dout_strides,
             cos_ptr, sin_ptr, partials_ptr, tiles, minus, eps, 0, 4, HEADS, WIDTH, ACC, ROWS, BLOCK,
@@ -321,6 +330,7 @@ def forward(
 def backward(
     dq: Tensor,
     dk: Tensor,
+    dv: Tensor | None,
     inputs: list[Tensor],
     weights: list[Tensor],
     cos: Tensor,
@@ -336,6 +346,7 @@ def backward(
     walk = rows_per_program(sum(tiles), 1) if weights_wanted else 1
     programs = sum(triton.cdiv(count, walk) for count in tiles)
     outs = [x.new_empty(x.shape if want else 0) for x, want in zip(inputs, wanted, strict=True)]
+    parts = [None] * len(lengths) if dv is None else [dv.new_empty(x.shape) for x in inputs[::2]]
     accumulate = torch.promote_types(inputs[0].dtype, torch.float32)
     partials = cos.new_empty(len(weights), programs, width, dtype=accumulate) if weights_wanted else None
     streams: list[Any] = []
@@ -343,14 +354,13 @@ def backward(
         pair = slice(2 * index, 2 * index + 2)
         qk, strides = _one_layout(*inputs[pair])
         douts = [out if want else None for out, want in zip(outs[pair], wanted[pair], strict=True)]
-        streams += [*qk, *weights[pair], *strides, *douts]
-    (dq, dk), strides = _one_layout(dq, dk)
+        streams += [*qk, *weights[pair], *strides, *douts, parts[index]]
+    upstream, strides = _one_layout(dq, dk, *([] if dv is None else [dv]))
     if programs:
         with device_guard(cos):
             qk_norm_rope_backward_kernel[(programs,)](
-                *[*[None] * 9, *streams][-18:],
-                dq,
-                dk,
+                *[*[None] * 10, *streams][-20:],
+                *[*upstream, None][:3],
                 *strides,
                 cos,
                 sin,
@@ -367,6 +377,7 @@ def backward(
                 **tile,
             )
     outs += [cos.new_empty(0) for _ in range(4 - len(outs))]
+    outs += [cos.new_empty(0) if part is None else part for part in [*parts, None][:2]]
     dtype = weight_dtype(weights)
     return *outs, cos.new_empty(0, dtype=dtype) if partials is None else sum_partials(partials, dtype)
 

@@ -60,6 +60,7 @@ def _reference(
 def _backward_reference(
     dq: Tensor,
     dk: Tensor,
+    dv: Tensor | None,
     inputs: list[Tensor],
     weights: list[Tensor],
     cos: Tensor,
@@ -68,7 +69,7 @@ def _backward_reference(
     wanted: list[bool],
     weights_wanted: bool,
 ) -> tuple[Tensor, ...]:
-    """Gradients of the inputs that are `wanted`, others empty, and of the weights as [2 or 4, D]."""
+    """Gradients of the inputs that are `wanted`, others empty; dv in two, if given; of the weights as [2 or 4, D]."""
     outs, sums = [cos.new_empty(0) for _ in range(4)], []
     for number, ((index, place), x, weight) in enumerate(zip(_places(inputs), inputs, weights, strict=True)):
         unit, rstd = _unit(x, eps)
@@ -78,6 +79,8 @@ def _backward_reference(
         dunit = dy * weight.to(unit.dtype)
         dx = (dunit - unit * (dunit * unit).mean(-1, keepdim=True)) * rstd
         outs[number] = dx.to(x.dtype).contiguous() if wanted[number] else x.new_empty(0)
+    parts = [cos.new_empty(0)] * 2 if dv is None else dv.split([x.shape[1] for x in inputs[::2]], 1)
+    outs += [part.clone(memory_format=torch.contiguous_format) for part in parts]
     dtype = weight_dtype(weights)
     return *outs, torch.stack(sums).to(dtype) if weights_wanted else cos.new_empty(0, dtype=dtype)
 
@@ -99,11 +102,12 @@ def _fake_forward(
 
 
 def _fake_backward(
-    _dq: Tensor, _dk: Tensor, inputs: list[Tensor], weights: list[Tensor], cos: Tensor, _sin: Tensor, _eps: float,
-    wanted: list[bool], weights_wanted: bool,
+    _dq: Tensor, _dk: Tensor, dv: Tensor | None, inputs: list[Tensor], weights: list[Tensor], cos: Tensor,
+    _sin: Tensor, _eps: float, wanted: list[bool], weights_wanted: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     outs = [x.new_empty(x.shape if want else 0) for x, want in zip(inputs, wanted, strict=True)]
     outs += [cos.new_empty(0) for _ in range(4 - len(outs))]
+    outs += [cos.new_empty(0) for _ in range(2)] if dv is None else [dv.new_empty(x.shape) for x in inputs[::2]]
     shape = (len(weights), cos.shape[1]) if weights_wanted else 0
     return *outs, cos.new_empty(shape, dtype=weight_dtype(weights))
 
@@ -116,8 +120,9 @@ _forward = define(
     cuda="srpo_kernels._triton.qk_norm_rope:forward",
 )
 _backward = define(
-    "qk_norm_rope_bwd(Tensor dq, Tensor dk, Tensor[] inputs, Tensor[] weights, Tensor cos, Tensor sin, float eps,"
-    " bool[] wanted, bool weights_wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor dweights)",
+    "qk_norm_rope_bwd(Tensor dq, Tensor dk, Tensor? dv, Tensor[] inputs, Tensor[] weights, Tensor cos, Tensor sin,"
+    " float eps, bool[] wanted, bool weights_wanted)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor dtext_v, Tensor dimage_v, Tensor dweights)",
     fake=_fake_backward,
     cpu=_backward_reference,
     cuda="srpo_kernels._triton.qk_norm_rope:backward",
@@ -147,17 +152,20 @@ class QkNormRope(torch.autograd.Function):
             list(ctx.needs_input_grad[3 + start : 3 + start + count]) for start in (0, count, 2 * count)
         )
         outs: list[Tensor | None] = [None for _ in tensors]
-        if any(wanted) or any(weights_wanted):
-            *gradients, dweights = _backward(dq, dk, inputs, weights, cos, sin, ctx.eps, wanted, any(weights_wanted))
+        parts = dv.split([x.shape[1] for x in inputs[::2]], 1) if any(values_wanted) else ()
+        # Of one image they are contiguous. Of several they are written along with the rest.
+        split = dv if parts and not (dv.shape[0] == 1 and dv.is_contiguous()) else None
+        if any(wanted) or any(weights_wanted) or split is not None:
+            *gradients, dtext_v, dimage_v, dweights = _backward(
+                dq, dk, split, inputs, weights, cos, sin, ctx.eps, wanted, any(weights_wanted)
+            )
+            parts = parts if split is None else (dtext_v, dimage_v)
             for index, want in enumerate(wanted):
                 outs[index] = gradients[index] if want else None
             for index, want in enumerate(weights_wanted):
                 outs[count + index] = dweights[index].to(weights[index].dtype) if want else None
-        start = 0
-        for stream, (want, dtype) in enumerate(zip(values_wanted, ctx.value_dtypes, strict=True)):
-            part = dv.narrow(1, start, inputs[2 * stream].shape[1])  # of one image: contiguous, so not copied
-            outs.append(part.to(dtype).contiguous() if want else None)
-            start += part.shape[1]
+        for index, want in enumerate(values_wanted):
+            outs.append(parts[index].to(ctx.value_dtypes[index]) if want else None)
         return None, None, None, *outs
 
 

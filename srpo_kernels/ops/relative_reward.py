@@ -30,8 +30,10 @@ EPS = 1e-12
 
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a @ b`` in `dtype`, which autocast would undo."""
+    """``a @ b`` in `dtype`, which autocast would undo. GPUs sum products of 16-bit numbers in fp32 as they are."""
     with torch.autocast(a.device.type, enabled=False):
+        if a.device.type != "cpu" and a.dtype == b.dtype and a.dtype.itemsize == 2 and dtype == torch.float32:
+            return torch.mm(a, b, out_dtype=dtype)
         return a.to(dtype) @ b.to(dtype)
 
 
@@ -216,11 +218,14 @@ class _RelativeRewardLoss(torch.autograd.Function):
         ctx.save_for_backward(gradient, image if ctx.needs_input_grad[4] else None, projection)
         ctx.image_dtype = image.dtype
         ctx.mark_non_differentiable(scores)
+        ctx.set_materialize_grads(False)  # of the scores
         return loss, scores
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 7
         gradient, image, projection = ctx.saved_tensors
         dembedding = noise_gradient(gradient, upstream, shared=False)  # pairs are its branches
         return *_through_projection(ctx, dembedding, image, projection), None

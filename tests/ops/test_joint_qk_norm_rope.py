@@ -192,10 +192,10 @@ def test_opcheck(dtype: torch.dtype, device: str) -> None:
     inputs = [given[name] for name in STREAMS if not name.endswith("v")]
     values, weights = [given["text_v"], given["image_v"]], [given[name] for name in WEIGHTS]
     rest = (weights, given["cos"], given["sin"], 1e-6)
-    q, k, _ = _forward(inputs, values, *rest)
+    q, k, v = _forward(inputs, values, *rest)
     torch.library.opcheck(_forward, (inputs, values, *rest))
-    torch.library.opcheck(_backward, (q, k, inputs, *rest, [True] * 4, True))
-    torch.library.opcheck(_backward, (q, k, inputs, *rest, [False, True, True, False], False))
+    torch.library.opcheck(_backward, (q, k, v, inputs, *rest, [True] * 4, True))
+    torch.library.opcheck(_backward, (q, k, None, inputs, *rest, [False, True, True, False], False))
 
 
 def test_compiles_without_graph_breaks(device: str) -> None:

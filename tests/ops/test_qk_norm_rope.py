@@ -241,7 +241,7 @@ def test_opcheck(dtype: torch.dtype, weights_wanted: bool, device: str) -> None:
     torch.library.opcheck(_forward, ([q, k], [], weights, cos, sin, 1e-6))
     upstream = torch.randn_like(q), torch.randn_like(k)
     for wanted in ([True, True], [False, True]):
-        torch.library.opcheck(_backward, (*upstream, [q, k], weights, cos, sin, 1e-6, wanted, weights_wanted))
+        torch.library.opcheck(_backward, (*upstream, None, [q, k], weights, cos, sin, 1e-6, wanted, weights_wanted))
 
 
 def test_compiles_without_graph_breaks(device: str) -> None:
@@ -297,7 +297,7 @@ def resources(architecture: int, kind: str, width: int, text: bool, kernel: str)
     known: dict[str, Any] = dict(minus="fp64", eps="fp64", HEADS=24, WIDTH=width, ACC=tl.float32, **tile)
     known |= dict(cos_ptr="*fp32", sin_ptr="*fp32", partials_ptr="*fp32" if kernel == "weights" else None)
     for name in function.arg_names:
-        if not text and name.endswith("_ptr") and (name.startswith("text") or name in ("image_v_ptr", "v_ptr")):
+        if not text and name.endswith("_ptr") and (name.startswith("text") or name.endswith("v_ptr")):
             known[name] = None
         elif name not in known:
             known[name] = kind if name.endswith("_ptr") else "i32"
