@@ -12,7 +12,10 @@ from benchmarks.schema import ResultError
 _ALL = {
     "list": ("benchmarks.listing", "what can be measured"),
     "env": ("benchmarks.environment", "what a run records of this machine"),
-    "static": ("benchmarks.static", "compile for GPUs that are not there, and hold the figures against the pins"),
+    "static": (
+        "benchmarks.static.command",
+        "compile for GPUs that are not there; hold the figures against pins",
+    ),
     "kernels": ("benchmarks.kernels", "time operators against eager, torch.compile and Liger"),
     "optim": ("benchmarks.optim", "time optimizer steps against torch's and others'"),
     "step": ("benchmarks.step", "time the SRPO step by phase against reference steps"),

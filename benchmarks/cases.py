@@ -142,8 +142,8 @@ def _reward_cases(batch: int, device: str) -> Iterator[Case]:
         lambda image, positive, negative: sk.relative_reward_loss(image, positive, negative, kappa, 0.7)[0],
         lambda image, positive, negative: torch.relu(0.7 - score(image, positive, negative)),
         ("image",),
-        batch * 4 * out,
-        batch * 2 * out,
+        batch * 5 * out,  # the gradient is kept in fp32
+        batch * 3 * out,
     )
 
 

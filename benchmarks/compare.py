@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.noise import read_noise
 from benchmarks.report.summary import summary
 from benchmarks.schema import Run, read
+from benchmarks.static import between
 from benchmarks.verdict import FAIL_ON, Difference, Margins, Verdict, exit_status, judge, refusal
 
 __all__ = ["Comparison", "compare", "fail_on", "verdicts"]
@@ -32,12 +33,12 @@ def compare(base: Run, new: Run, noise: Margins | None = None, *, across_softwar
     margins = Margins(noise.noise if noise else {}, paired=base.pair is not None and base.pair == new.pair)
     before, after = base.by_id, new.by_id
     ids = dict.fromkeys([*after, *before])
-    refused = refusal(base, new, across_software=across_software)
+    refused = refusal(base, new, across_software=across_software) if ids else None  # static figures name their tools
     if refused:
         said = [Difference(name, Verdict.INCOMPARABLE, refused, before.get(name), after.get(name)) for name in ids]
     else:
         said = [judge(before.get(name), after.get(name), margins) for name in ids]
-    return Comparison(base, new, said, refused)
+    return Comparison(base, new, [*said, *between.differences(base, new)], refused)
 
 
 def verdicts(comparison: Comparison, status: int) -> dict[str, Any]:

@@ -17,6 +17,8 @@ __all__ = [
     "SOURCES",
     "Ceilings",
     "Device",
+    "Figures",
+    "Finding",
     "Git",
     "Measurement",
     "Process",
@@ -100,9 +102,7 @@ class Process:
 
     @classmethod
     def of(cls, samples: list[float], **conditions: Any) -> Process:
-        quartiles: dict[str, Any] = {
-            name: quantile(samples, q) for name, q in (("q25", 0.25), ("median", 0.5), ("q75", 0.75))
-        }
+        quartiles: Any = {name: quantile(samples, q) for name, q in (("q25", 0.25), ("median", 0.5), ("q75", 0.75))}
         return cls(n=len(samples), minimum=min(samples), **quartiles, **conditions)
 
 
@@ -155,6 +155,38 @@ class Measurement:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Static figures of one kernel, operator or model, or why there are none."""
+
+    id: str
+    pins: str  # the file of their pins, without its suffix
+    tools: str  # that they depend on
+    values: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One static figure that is not as expected, or all of an id where `figure` is empty."""
+
+    verdict: str  # of `benchmarks.static.figures`
+    pins: str
+    id: str
+    figure: str = ""
+    pin: float | None = None
+    value: float | None = None
+    reason: str = ""  # of the pin, or of the verdict
+
+    def __str__(self) -> str:
+        told = f"{self.figure} {self.numbers} (pinned: {self.reason})" if self.figure else self.reason
+        return f"{self.verdict:9} {self.pins} {self.id}: {told}"
+
+    @property
+    def numbers(self) -> str:
+        return " -> ".join("none" if n is None else f"{n:,.12g}" for n in (self.pin, self.value))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     schema: int
     run_id: str
@@ -168,6 +200,8 @@ class Run:
     regressions: list[str] | None = None  # what was slower than the baseline; null before it is compared
     ceilings: Ceilings = field(default_factory=Ceilings)
     measurements: list[Measurement] = field(default_factory=list)
+    static: list[Figures] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)  # what of it was not as pinned
 
     @property
     def eligible(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from html import escape
@@ -17,7 +16,7 @@ from benchmarks.report import charts
 from benchmarks.report.quick import quick_table, share
 from benchmarks.report.style import STYLE
 from benchmarks.report.summary import counts, headline, ordered, percent, short, summary, time
-from benchmarks.schema import Measurement, ResultError, Run, read
+from benchmarks.schema import Finding, Measurement, Run, read
 from benchmarks.verdict import Difference, Verdict
 
 __all__ = ["page"]
@@ -25,14 +24,14 @@ __all__ = ["page"]
 _HISTORIES = 24
 
 
-def page(comparison: Comparison | None, run: Run, kept: Sequence[Run] = (), static: Sequence[dict] = ()) -> str:
-    """One HTML file that needs nothing else. `kept` are earlier runs, `static` the findings of the static tier."""
+def page(comparison: Comparison | None, run: Run, kept: Sequence[Run] = (), static: Sequence[Finding] = ()) -> str:
+    """One HTML file that needs nothing else. `kept` are earlier runs, `static` findings of the static tier beside."""
     said = (
         comparison.differences
         if comparison
         else [Difference(m.id, _alone(m), m.error or "", new=m) for m in run.measurements]
     )
-    title = headline(said) if comparison else f"{sum(m.status == 'ok' for m in run.measurements)} measurements"
+    title = headline(said) if comparison else _title(run)
     slower = any(d.verdict is Verdict.SLOWER and d.gates for d in said)
     sections = [
         f'<h1 class="{"bad" if slower else ""}">{escape(title)}</h1>',
@@ -42,7 +41,7 @@ def page(comparison: Comparison | None, run: Run, kept: Sequence[Run] = (), stat
         _changes(said) if comparison else "",
         _drawings(comparison, run, said),
         _histories(kept, said),
-        _static(static),
+        _static([*run.findings, *static]),
         _environment(comparison),
         _lists(said),
         _all(run),
@@ -50,6 +49,13 @@ def page(comparison: Comparison | None, run: Run, kept: Sequence[Run] = (), stat
     head = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     body = "\n".join(filter(None, sections))
     return f"{head}<title>{escape(title)}</title><style>{STYLE}</style>\n{body}\n"
+
+
+def _title(run: Run) -> str:
+    if run.static:
+        worse = sum(finding.verdict == "WORSE" for finding in run.findings)
+        return f"{len(run.static)} kernels, operators and models; {worse} figures worse than pinned"
+    return f"{sum(m.status == 'ok' for m in run.measurements)} measurements"
 
 
 def _alone(measurement: Measurement) -> Verdict:
@@ -139,16 +145,18 @@ def _histories(kept: Sequence[Run], said: Sequence[Difference]) -> str:
     return f'<h2>History</h2><p class="key">{told}</p><div class="sparks">{"".join(figures)}</div>'
 
 
-def _static(findings: Sequence[dict]) -> str:
+def _static(findings: Sequence[Finding]) -> str:
     if not findings:
         return ""
     rows = []
     for each in findings:
-        numbers = "".join(f"<td>{'' if each[key] is None else f'{each[key]:,g}'}</td>" for key in ("pin", "value"))
-        kind = "changed-figure" if each["verdict"] == "CHANGED" else each["verdict"].lower()
-        name = f'<td class="name">{escape(each["id"])}</td><td class="left">{escape(each["figure"])}</td>'
-        note = f'<td class="note">{escape(each["reason"])}</td>'
-        rows.append(f'<tr><td class="left verdict {kind}">{each["verdict"]}</td>{name}{numbers}{note}</tr>')
+        sides = ("" if side is None else f"{side:,.12g}" for side in (each.pin, each.value))
+        numbers = "".join(f"<td>{side}</td>" for side in sides)
+        kind = "changed-figure" if each.verdict == "CHANGED" else escape(each.verdict.lower())
+        where = f"{each.id}, {each.pins}"
+        name = f'<td class="name">{escape(where)}</td><td class="left">{escape(each.figure)}</td>'
+        note = f'<td class="note">{escape(each.reason)}</td>'
+        rows.append(f'<tr><td class="left verdict {kind}">{escape(each.verdict)}</td>{name}{numbers}{note}</tr>')
     header = [
         ("left", "verdict"),
         ("name", "kernel, operator or model"),
@@ -206,6 +214,8 @@ def _all(run: Run) -> str:
             cells = "".join(f"<td>{cell}</td>" for cell in (time(m.milliseconds), rate, share(run, m), peak, joules))
             rows.append(f'<tr><td class="name">{escape(m.id)}</td>{cells}</tr>')
     header = [("name", "measurement"), *(("", h) for h in ("median", "rate", "of copy", "peak memory", "energy"))]
+    if not rows and run.static:
+        return ""
     if not rows:
         return "<h2>Times</h2><p>Nothing was timed.</p>"
     return f"<details open><summary>All {len(rows)} times of this run</summary>{_table(header, rows)}</details>"
@@ -235,7 +245,7 @@ def main(arguments: Sequence[str]) -> int:
         options.md.write_text(text + "\n", encoding="utf-8")
     if options.html is not None:
         kept = runs(options.history, run.device.slug) if options.history else []
-        html = page(comparison, run, kept, _findings(options.static) if options.static else [])
+        html = page(comparison, run, kept, read(options.static).findings if options.static else [])
         options.html.write_text(html, encoding="utf-8")
     if options.png is not None:
         from benchmarks.report.png import pictures
@@ -243,10 +253,3 @@ def main(arguments: Sequence[str]) -> int:
         for path in pictures(run, options.png):
             print(f"written: {path}")
     return 0
-
-
-def _findings(path: Path) -> list[dict]:
-    try:
-        return list(json.loads(path.read_text(encoding="utf-8"))["findings"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ResultError(f"{path}: not what `static --out` writes: {error!r}") from error

@@ -24,7 +24,9 @@ def quick_table(run: Run) -> str:
         lines.append(_line(f"{each.name}, {each.mode}", [time(each.milliseconds), *times, share(run, each)]))
     lines += [f"{m.status}: {m.id}: {m.error}" for m in run.measurements if m.status in ("error", "contaminated")]
     lines += [f"{count} {reason}" for reason, count in Counter(_skipped(run)).items()]
-    totals = Counter(m.status for m in run.measurements)
+    lines += [str(finding) for finding in run.findings]
+    totals: Counter[str] = Counter(m.status for m in run.measurements)
+    totals.update("error" if each.error else "with static figures" for each in run.static)
     return "\n".join([*lines, ", ".join(f"{count} {status}" for status, count in sorted(totals.items()))])
 
 

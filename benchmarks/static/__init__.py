@@ -2,7 +2,3 @@
 
 They raise alarms and prove no speed. `units` says what is measured, `figures` what gates how, `pins` what is expected.
 """
-
-from benchmarks.static.command import main
-
-__all__ = ["main"]

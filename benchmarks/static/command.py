@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import git, software
-from benchmarks.schema import SCHEMA, now
+from benchmarks.environment import device, git, software
+from benchmarks.schema import SCHEMA, Figures, Finding, Run, now, write
+from benchmarks.static import cuda
 from benchmarks.static.figures import Verdict
-from benchmarks.static.pins import Finding, Measured, compare, exit_status, repin
+from benchmarks.static.pins import Measured, compare, exit_status, read, repin
 from benchmarks.static.unit import Unit
 from benchmarks.static.units import units
 from srpo_kernels.testing.compile_only import ARCHITECTURES
 
-__all__ = ["main", "measure", "pin"]
+__all__ = ["main", "measure", "pin", "run_of"]
 
 PINS = Path(__file__).parent.parent / "pins"
 
@@ -30,17 +31,18 @@ PINS = Path(__file__).parent.parent / "pins"
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0 as pinned, 1 something is worse, 2 usage, 4 missing or failed, 6 (with --ratchet) better."""
     parser = _parser("static", __doc__)
-    parser.add_argument("--out", type=Path, help="JSON file of all figures and verdicts")
+    parser.add_argument("--out", type=Path, help="result file of all figures and findings, for `compare` and `report`")
     parser.add_argument("--ratchet", action="store_true", help="fail with 6 on what is better than its pin")
     options = _parse(parser, arguments)
     began = time.perf_counter()
     measured = _measured(options)
-    findings = compare(measured, options.pins, matches=_matches(options))
-    status = exit_status(findings, ratchet=options.ratchet)
+    findings = compare(measured, partial(read, options.pins), matches=_matches(options))
     if options.out is not None:
-        _write(options.out, measured, findings, status)
+        write(run_of(measured, findings), options.out)
     _tell(findings, f"{len(measured)} kernels, operators and models in {time.perf_counter() - began:.0f} s")
-    return status
+    if not options.cases and cuda.nvcc() is None:
+        print(cuda.MISSING)
+    return exit_status(findings, ratchet=options.ratchet)
 
 
 def pin(arguments: Sequence[str]) -> int:
@@ -116,37 +118,27 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argpars
 def _tell(findings: Sequence[Finding], measured: str) -> None:
     """Worst first, what other tools make last; then counts of all."""
     order = list(Verdict)
-    for finding in sorted(findings, key=lambda finding: order.index(finding.verdict)):
+    for finding in sorted(findings, key=lambda finding: order.index(Verdict(finding.verdict))):
         print(finding)
-    counts = Counter(finding.verdict for finding in findings)
+    counts = Counter(Verdict(finding.verdict) for finding in findings)
     told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "all as pinned"
     print(f"{measured}: {told}")
     if counts[Verdict.BETTER] or counts[Verdict.CHANGED] or counts[Verdict.UNPINNED] or counts[Verdict.TOOLCHAIN]:
         print('accept with: python -m benchmarks pin --reason "..."')
 
 
-def _write(path: Path, measured: Sequence[Measured], findings: Sequence[Finding], status: int) -> None:
-    record = {
-        "schema": SCHEMA,
-        "tier": "static",
-        "created": now(),
-        "git": asdict(git()),
-        "software": asdict(software()),
-        "exit_status": status,
-        "findings": [{**vars(finding), "verdict": str(finding.verdict)} for finding in findings],
-        "benchmarks": [
-            {
-                "id": each.unit.id,
-                "pins": each.unit.pins,
-                "tools": each.unit.tools,
-                "static": each.figures or None,
-                "status": "error" if each.error else "ok",
-                "error": each.error,
-            }
+def run_of(measured: Sequence[Measured], findings: Sequence[Finding]) -> Run:
+    return Run(
+        schema=SCHEMA,
+        run_id=uuid.uuid4().hex[:12],
+        created=now(),
+        tier="static",
+        git=git(),
+        software=software(),
+        device=device(),
+        static=[
+            Figures(id=each.unit.id, pins=each.unit.pins, tools=each.unit.tools, values=each.figures, error=each.error)
             for each in measured
         ],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+        findings=list(findings),
+    )

@@ -51,6 +51,8 @@ FIGURES: dict[str, Figure] = {
     "occupancy": Figure("of 64 warps", "less"),
     "load_width": Figure("B", "less"),  # of the widest access of a thread
     "store_width": Figure("B", "less"),
+    "narrow_loads": Figure("accesses", "more"),  # of fewer than 16 bytes: one such tensor among wide ones
+    "narrow_stores": Figure("accesses", "more"),
     "warnings": Figure("of ptxas", "more"),
     "sass": _MIX,  # all of them
     "MMA": Figure("instructions", "none left", 0.05),

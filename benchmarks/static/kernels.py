@@ -126,6 +126,8 @@ def code_figures(made: Compiled) -> dict[str, Any]:
         "ctas_per_sm": made.blocks,
         "load_width": made.widest_load(),
         "store_width": made.widest_store(),
+        "narrow_loads": made.narrow_loads(),
+        "narrow_stores": made.narrow_stores(),
         "warnings": len(made.warnings),
         "sass": made.instructions.total(),
         **_mix(made.instructions),

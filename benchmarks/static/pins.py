@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.schema import ResultError
+from benchmarks.schema import Finding, ResultError
 from benchmarks.static.figures import FIGURES, Figure, Verdict, judge
 from benchmarks.static.unit import Unit
 
@@ -38,27 +38,6 @@ class Measured:
     @property
     def pinned(self) -> dict[str, float]:
         return {name: value for name, value in self.figures.items() if name in FIGURES}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One figure against its pin, or a whole unit where `figure` is empty."""
-
-    verdict: Verdict
-    pins: str
-    id: str
-    figure: str = ""
-    pin: float | None = None
-    value: float | None = None
-    reason: str = ""  # of the pin, or of the verdict
-
-    def __str__(self) -> str:
-        where = f"{self.verdict:9} {self.pins} {self.id}"
-        if not self.figure:
-            return f"{where}: {self.reason}"
-        numbers = " -> ".join("none" if number is None else f"{number:,}" for number in (self.pin, self.value))
-        because = f" (pinned: {self.reason})" if self.reason else ""
-        return f"{where}: {self.figure} {numbers} {FIGURES[self.figure].unit}{because}"
 
 
 def read(folder: Path, name: str) -> Pins:
@@ -98,14 +77,16 @@ def write(folder: Path, name: str, pins: Pins) -> None:
     partial.replace(folder / f"{name}.json")
 
 
-def compare(measured: Iterable[Measured], folder: Path, *, matches: Callable[[str], bool]) -> list[Finding]:
+def compare(
+    measured: Iterable[Measured], pins_of: Callable[[str], Pins], *, matches: Callable[[str], bool]
+) -> list[Finding]:
     """Every figure that is not as pinned. Pins of other tools are no expectation: differences are told as TOOLCHAIN.
 
-    `matches` tells which ids were to be measured; pins of these alone can be missing.
+    `pins_of` reads a file of pins. `matches` tells which ids were to be measured; pins of these alone can be missing.
     """
     found: list[Finding] = []
     for (name, tools), group in _groups(measured).items():
-        pins, kind = read(folder, name), tools.split()[0]
+        pins, kind = pins_of(name), tools.split()[0]
         others = [known for known in pins if known.split()[0] == kind]
         known = tools in pins
         expected = pins[tools] if known else pins[others[-1]] if others else {}
@@ -165,7 +146,7 @@ class Change(NamedTuple):
     new: float | None
 
     def __str__(self) -> str:
-        numbers = " -> ".join("none" if number is None else f"{number:,}" for number in (self.old, self.new))
+        numbers = " -> ".join("none" if number is None else f"{number:,.12g}" for number in (self.old, self.new))
         return f"{self.pins} {self.id}: {self.figure} {numbers}"
 
 
@@ -186,12 +167,17 @@ def repin(measured: Iterable[Measured], folder: Path, reason: str, *, matches: C
         for each in group:
             before = old.get(each.unit.id, {})
             new[each.unit.id] = {
-                figure: before[figure] if figure in before and before[figure].value == value else Pin(value, reason)
+                figure: before[figure] if _same(figure, before.get(figure), value) else Pin(value, reason)
                 for figure, value in each.pinned.items()
             }
         changes.extend(_changes(name, old, new))
         write(folder, name, {**pins, tools: new})
     return changes
+
+
+def _same(figure: str, pin: Pin | None, value: float) -> bool:
+    """Small changes leave the pin, so that they cannot add up."""
+    return pin is not None and judge(FIGURES[figure], pin.value, value) is Verdict.SAME
 
 
 def _changes(name: str, old: dict[str, dict[str, Pin]], new: dict[str, dict[str, Pin]]) -> Iterator[Change]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.case import Case
 from benchmarks.schema import ResultError
+from benchmarks.static.cuda import cuda_units
 from benchmarks.static.kernels import kernel_units, op_units, record
 from benchmarks.static.unit import Unit
 
@@ -24,8 +25,11 @@ def units(modules: Sequence[str], architectures: Sequence[int]) -> Iterator[Unit
         # Much to import; first, as they take longest.
         from benchmarks.cases import cases as flux_cases
         from benchmarks.static.models import model_units
+        from benchmarks.static.optimizer import optimizer_units
 
         yield from model_units()
+        yield from optimizer_units(architectures)
+        yield from cuda_units(architectures)
         cases = list(flux_cases("meta"))
     recordings = [record(case) for case in cases]
     yield from kernel_units(recordings, architectures)

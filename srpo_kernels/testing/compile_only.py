@@ -30,6 +30,7 @@ _TYPE = re.compile(r"\*?(bf16|[iu](1|8|16|32|64)|fp(8e4nv|16|32|64))")
 _LOG, _SASS = "ptxas.log", "sass.names"
 #: Of a multiprocessor of either architecture: registers, bytes of shared memory, warps, blocks.
 _REGISTERS, _SHARED, _WARPS, _BLOCKS = 65536, 228 * 1024, 64, 32
+_WIDE = 16  # bytes
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,14 @@ class Compiled:
     def widest_store(self) -> int:
         """Bytes of the widest global store of a thread."""
         return max(self._widths("st"), default=0)
+
+    def narrow_loads(self) -> int:
+        """Global loads of fewer than the 16 bytes that a thread can take at once."""
+        return sum(width < _WIDE for width in self._widths("ld"))
+
+    def narrow_stores(self) -> int:
+        """Global stores of fewer than 16 bytes."""
+        return sum(width < _WIDE for width in self._widths("st"))
 
     def _widths(self, instruction: str) -> list[int]:
         """Bytes of every global access in the PTX; copies to shared memory are loads."""

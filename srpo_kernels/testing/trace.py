@@ -45,15 +45,16 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
         result = func(*args, **(kwargs or {}))
-        if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
-            return result  # a view
         inputs, outputs = (
             [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in ((args, kwargs), result)
         )
+        given = {tensor.untyped_storage()._cdata for tensor in inputs}
+        aliases = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if aliases and all(tensor.untyped_storage()._cdata in given for tensor in outputs):
+            return result  # a view; aten::to and aten::contiguous may have made a copy
         name = func._schema.name
         if (inputs or outputs) and not name.startswith("prim::") and name not in _FREE:  # or it asks a question
             self.launches.append(Launch(name, sum(t.nbytes for t in [*inputs, *outputs])))
-        given = {tensor.untyped_storage()._cdata for tensor in inputs}
         for storage in (tensor.untyped_storage() for tensor in outputs):
             if storage._cdata not in given:
                 self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())

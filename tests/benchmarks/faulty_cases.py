@@ -15,11 +15,12 @@ from benchmarks.case import Case
 ELEMENTS = 2**20
 
 
-@triton.jit
-def doubled_kernel(x_ptr, out_ptr, count, SHIFT: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
+@triton.jit(do_not_specialize=["zero"])
+def doubled_kernel(x_ptr, y_ptr, out_ptr, count, zero, SHIFT: tl.constexpr, LOOSE: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK) + SHIFT
     x = tl.load(x_ptr + at, mask=at < count, other=0.0)
-    tl.store(out_ptr + at, x * 2, mask=at < count)
+    y = tl.load(y_ptr + (at + zero if LOOSE else at), mask=at < count, other=0.0)
+    tl.store(out_ptr + at, x + y, mask=at < count)
 
 
 class _Doubled(torch.autograd.Function):
@@ -41,7 +42,8 @@ def _launch(x: Tensor, fault: str) -> Tensor:
     options = blocks.get(fault, dict(BLOCK=1024, num_warps=4))
     grid = (triton.cdiv(x.numel(), options["BLOCK"]),)
     for _ in range(2 if fault == "extra pass" else 1):
-        doubled_kernel[grid](x, out, x.numel(), SHIFT=int(fault == "narrow access"), **options)
+        faults = dict(SHIFT=int(fault == "narrow access"), LOOSE=fault == "one narrow load")
+        doubled_kernel[grid](x, x, out, x.numel(), 0, **faults, **options)
     return out
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -19,7 +18,7 @@ from benchmarks.report.quick import quick_table
 from benchmarks.report.summary import summary, time
 from benchmarks.report.svg import Axis
 from benchmarks.report.tables import newest, rendered
-from benchmarks.schema import Ceilings, Device, Run, write
+from benchmarks.schema import Ceilings, Device, Finding, Run, write
 
 _CEILINGS = Ceilings(copy_gb_s=4000.0, memory_gb_s=4800.0, matmul_tflop_s=800.0)
 
@@ -144,7 +143,7 @@ def test_page_shows_every_part_and_escapes_names() -> None:
     base, new = (replace(side, measurements=[*side.measurements, *step, slowed]) for side in (base, new))
     new = replace(new, software=replace(new.software, packages={"diffusers": "0.42"}))
     kept = [replace(base, created=f"2026-11-0{day}T00:00:00Z", regressions=[]) for day in (1, 2, 3)]
-    finding = {"verdict": "WORSE", "id": "gelu", "figure": "spill_st", "pin": 0, "value": 8, "reason": "none before"}
+    finding = Finding("WORSE", "sm90", "gelu", "spill_st", 0, 8, "none before")
     said = read_page(page(compare(base, new), new, kept, [finding]))
     for part in (
         "1 regression, the worst +50.0%: op0 [<4>], forward",
@@ -226,14 +225,17 @@ def test_report_command_writes_all_three(tmp_path: Path, capsys: pytest.CaptureF
     new = replace(new, measurements=[*new.measurements, *rows])
     files = [str(write(side, tmp_path / f"{name}.json")) for name, side in (("base", base), ("new", new))]
     static = tmp_path / "static.json"
-    static.write_text(json.dumps({"findings": []}))
+    write(
+        replace(run([]), tier="static", findings=[Finding("WORSE", "sm90", "gelu_kernel", "regs", 40, 48, "first")]),
+        static,
+    )
     made = {kind: str(tmp_path / kind) for kind in ("html", "md", "png")}
     options = [item for kind, path in made.items() for item in (f"--{kind}", path)]
     assert main(["report", files[1], "--base", files[0], "--static", str(static), *options]) == 0
     assert (tmp_path / "md").read_text().startswith("### 1 regression")
     assert (tmp_path / "md").read_text() in capsys.readouterr().out
-    read_page((tmp_path / "html").read_text())
+    assert "gelu_kernel" in read_page((tmp_path / "html").read_text())
     assert (tmp_path / "png/forward.png").read_bytes().startswith(b"\x89PNG")
     static.write_text("[]")
     assert main(["report", files[1], "--static", str(static), "--html", made["html"]]) == 2
-    assert "not what `static --out` writes" in capsys.readouterr().err
+    assert "static.json: the file must be an object" in capsys.readouterr().err
