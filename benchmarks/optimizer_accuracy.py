@@ -1,9 +1,10 @@
 """How far AdamW's displacement of the weights is from float64's, on gradients as small as SRPO's clipped ones.
 
-    python -m benchmarks.optimizer_accuracy [--json PATH] [--steps 20 200 1500]
+    python -m benchmarks.optimizer_accuracy [--json PATH] [--steps 20 200 1500] [--tiny UPDATES]
 
 Moments of every mode beside those of other libraries, whose rounding is restated here, and beside the libraries
 themselves where they are installed (both run on the CPU; torchao compiles its step first); and what weights keep.
+With --tiny, moments also on the gradients of so many updates of SRPO on the tiny model, two seconds each.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import argparse
 import importlib
 import json
 import math
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from srpo_kernels.optim import AdamW
 
@@ -51,6 +54,28 @@ def gradients(rms: float, steps: int, *, rows: int = 64, spread: float = 1.0) ->
     direction = normal(rows, 512)
     for _ in range(steps):
         yield (scale * (0.3 * direction + math.sqrt(1 - 0.3**2) * normal(rows, 512))).float()
+
+
+def tiny_gradients(updates: int, rms: float = RMS) -> list[Tensor]:
+    """fp32 [rows, 512] an update: what SRPO on the tiny model steps by, all scaled to `rms`, as its clip would."""
+    from srpo.config import load_config
+    from srpo.trainer import Trainer
+
+    found = []
+
+    def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        found.append(torch.cat([each.grad.float().flatten() for each in parameters if each.grad.ndim > 1]))
+
+    with tempfile.TemporaryDirectory() as folder:
+        rare = [f"{name}={updates}" for name in ("srpo.updates", "run.save_every", "run.sample_every")]
+        hook = register_optimizer_step_pre_hook(keep)
+        try:
+            Trainer(load_config("tiny", [f"run.dir={folder}/run", *rare])).fit()
+        finally:
+            hook.remove()
+    rows = [gradient[: gradient.numel() // 512 * 512].view(-1, 512) for gradient in found]
+    return [gradient * (rms / gradient.square().mean().sqrt()) for gradient in rows]
 
 
 class Float64:
@@ -144,12 +169,17 @@ Errors = dict[str, tuple[float, float]]  # relative error and gain by name
 
 def moment_errors(moments: list[str], rms: float, steps: int, *, rows: int = 32, spread: float = 1.0) -> Errors:
     """Of AdamW with these `moments` and fp32 weights, which start at zero."""
+    return moment_errors_on(gradients(rms, steps, rows=rows, spread=spread), moments, rows)
+
+
+def moment_errors_on(given: Iterable[Tensor], moments: list[str], rows: int) -> Errors:
+    """The same on `given` gradients [rows, 512]."""
     optimizers = {}
     for name in moments:
         parameter = torch.nn.Parameter(torch.zeros(rows, 512))
         optimizers[name] = AdamW([parameter], LR, weight_decay=0.0, weights="fp32", moments=name)
     exact = Float64(torch.zeros(rows, 512))
-    for gradient in gradients(rms, steps, rows=rows, spread=spread):
+    for gradient in given:
         exact.step(gradient)
         for optimizer in optimizers.values():
             optimizer.param_groups[0]["params"][0].grad = gradient
@@ -161,9 +191,14 @@ def moment_errors(moments: list[str], rms: float, steps: int, *, rows: int = 32,
 
 def peer_errors(rms: float, steps: int, *, rows: int = 32) -> Errors:
     """The same with moments rounded as other libraries do."""
+    return peer_errors_on(gradients(rms, steps, rows=rows), rows)
+
+
+def peer_errors_on(given: Iterable[Tensor], rows: int) -> Errors:
+    """The same on `given` gradients [rows, 512]."""
     exact = Float64(torch.zeros(rows, 512))
     peers = {name: Float64(torch.zeros(rows, 512), first=m, second=v) for name, (m, v) in PEERS.items()}
-    for gradient in gradients(rms, steps, rows=rows):
+    for gradient in given:
         for run in (exact, *peers.values()):
             run.step(gradient)
     return {name: displacement_error(run.weight, exact.weight) for name, run in peers.items()}
@@ -206,14 +241,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.optimizer_accuracy", description=__doc__)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 200])
+    parser.add_argument("--tiny", type=int, metavar="UPDATES", help="also on the tiny SRPO run's gradients")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    tiny = tiny_gradients(options.tiny) if options.tiny else []
     for steps in options.steps:
         found = {
             "moments": moment_errors(["M4", "M3", "M2"], RMS, steps) | peer_errors(RMS, steps),
             "library": {name: library_errors(name, RMS, steps) for name in LIBRARIES if find_spec(name)},
             "weights": weight_errors(steps),
         }
+        if steps <= len(tiny):
+            count = len(tiny[0])
+            ours = moment_errors_on(tiny[:steps], ["M4", "M3", "M2"], count)
+            found["tiny SRPO"] = ours | peer_errors_on(tiny[:steps], count)
         for kind, errors in found.items():
             for name, (error, gain) in errors.items():
                 rows.append({"kind": kind, "name": name, "steps": steps, "error": error, "gain": gain})

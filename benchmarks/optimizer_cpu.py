@@ -1,5 +1,7 @@
 """Optimizer steps on the CPU: ns per parameter of the C++ kernels and of `torch.optim.AdamW(fused=True)`, in one run.
 
+And what a step of FLUX.1-dev's 1160 tensors costs the host: ms of a step of as many tensors of one element.
+
     python -m benchmarks.optimizer_cpu [millions of parameters] [--json PATH]
 
 Calls alternate, so that what else runs on the machine slows all of them; the table has medians of the times, and of the
@@ -23,12 +25,16 @@ import torch
 from torch import Tensor
 
 from srpo_kernels.extension import available
+from srpo_kernels.optim import AdamW
 from srpo_kernels.optim.storage import MOMENTS, Storage
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = 3072
 ROUNDS = 15
+TENSORS, HOST_ROUNDS = 1160, 50
+EVICTED = 64 * 2**20  # bytes that are passed over for caches to be cold
 BASE = "torch fused, fp32"
+_DTYPES = torch.bfloat16, torch.float32  # ours and torch's
 
 
 def torch_steps(rows: int) -> dict[str, Callable[[], object]]:
@@ -88,6 +94,59 @@ def measured(rows: int, threads: int) -> list[dict[str, Any]]:
     return found
 
 
+def host_cases() -> dict[str, Callable[[], object]]:
+    """Steps of tensors of one element, and what the operators, with their arithmetic, take of ours."""
+    ours, torchs = ([torch.ones(1, dtype=dtype).requires_grad_() for _ in range(TENSORS)] for dtype in _DTYPES)
+    optimizer = AdamW(ours, lr=5e-6, max_grad_norm=0.1)
+    fused = torch.optim.AdamW(torchs, lr=5e-6, fused=True)
+    for parameter in (*ours, *torchs):
+        parameter.grad = torch.ones_like(parameter)
+    gradients = [parameter.grad for parameter in ours]
+    optimizer.step()
+    prepared = optimizer._prepared
+    assert prepared is not None
+    begun = prepared._begin(optimizer, gradients)
+
+    def anew() -> None:
+        optimizer._prepared = None
+        optimizer.step()
+
+    def clipped() -> None:
+        torch.nn.utils.clip_grad_norm_(torchs, 0.1)
+        fused.step()
+
+    return {
+        "torch clipping and fused step, fp32": clipped,
+        "step, prepared anew": anew,
+        "step": optimizer.step,
+        "of it: is all where it was": lambda: prepared.fits(optimizer),
+        "of it: gradients read": lambda: [parameter.grad for parameter in ours],
+        "of it: adamw_begin": lambda: prepared._begin(optimizer, gradients),
+        "of it: adamw_advance": lambda: torch.ops.srpo.adamw_advance(prepared._plan, begun, 0, TENSORS, 0, 0.0, 1),
+    }
+
+
+def measured_host() -> list[dict[str, Any]]:
+    """Medians of every host case on one thread, call after call and after other work; prints them."""
+    torch.set_num_threads(1)
+    other = torch.zeros(EVICTED // 4)
+    found = []
+    print(f"host, {TENSORS} tensors of one element")
+    for name, call in host_cases().items():
+        times: dict[bool, list[float]] = {False: [], True: []}
+        for cold in times:
+            for _ in range(HOST_ROUNDS):
+                if cold:
+                    other.add_(1)
+                begin = time.perf_counter()
+                call()
+                times[cold].append((time.perf_counter() - begin) * 1e3)
+        warm, cold_ms = (statistics.median(values[1:]) for values in times.values())
+        found.append({"case": name, "tensors": TENSORS, "ms": warm, "cold_ms": cold_ms})
+        print(f"  {name:36} {warm:6.3f} ms, {cold_ms:6.3f} ms with cold caches")
+    return found
+
+
 def environment() -> dict[str, Any]:
     """What the numbers were measured on."""
     information = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -119,6 +178,7 @@ def main() -> None:
         "environment": environment(),
         "parameters": rows * COLUMNS,
         "rounds": ROUNDS,
+        "host": measured_host(),
         "optimizer": [row for threads in (1, 2) for row in measured(rows, threads)],
     }
     if options.json is not None:

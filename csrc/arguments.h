@@ -189,7 +189,7 @@ inline std::vector<Item> items_of(const Planned* begin, int64_t count) {
 }
 
 // Notes in a plan where the gradients are. False if they are not like those that it was made for.
-inline bool place(const Tensors& gradients, Planned* plan) {
+inline bool locate(const Tensors& gradients, Planned* plan) {
   const auto device = gradients[0].device();
   for (size_t i = 0; i < gradients.size(); ++i) {
     const Tensor& gradient = gradients[i];

@@ -65,7 +65,7 @@ Tensor adamw_begin(Tensors gradients, Tensor plan, Tensors lr, std::vector<doubl
   Planned* const begin = planned_at(plan, 0, count);
   const std::vector<Options> options = options_of(lr, numbers);
   const std::vector<Taken> taken = taken_of(begin, count, options.size());
-  if (!place(gradients, begin)) return integers(gradients[0], 0);
+  if (!locate(gradients, begin)) return integers(gradients[0], 0);
   const Tensor sums = squares(Plan(items_of(begin, count)), gradients[0]);
   Tensor result = integers(gradients[0], begun_words(count));
   uint64_t* begun = static_cast<uint64_t*>(result.mutable_data_ptr());

@@ -125,7 +125,7 @@ Tensor adamw_begin(Tensors gradients, Tensor plan, Tensors lr, std::vector<doubl
   Planned* const begin = planned_at(plan, 0, count);
   const std::vector<Options> every = options_of(lr, numbers);
   const std::vector<Taken> all = taken_of(begin, count, every.size());
-  if (!srpo::place(gradients, begin)) return torch::stable::new_empty(gradients[0], {0}, ScalarType::Long);
+  if (!locate(gradients, begin)) return torch::stable::new_empty(gradients[0], {0}, ScalarType::Long);
   const Place place(gradients[0]);
   Plan matrices(items_of(begin, count));
   Launches launches(matrices, true);

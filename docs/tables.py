@@ -74,6 +74,12 @@ def optimizer_cpu(report: dict[str, Any]) -> str:
     return markdown(header, lines)
 
 
+def optimizer_host(report: dict[str, Any]) -> str:
+    """ms that a step of a thousand tensors takes the host."""
+    lines = [[row["case"], f"{row['ms']:.2f}", f"{row['cold_ms']:.2f}"] for row in report["host"]]
+    return markdown(["1160 tensors of one element", "ms", "ms, caches cold"], lines)
+
+
 def optimizer_accuracy(rows: list[dict[str, Any]]) -> str:
     """Errors and gains, a number of steps a column."""
     steps = sorted({row["steps"] for row in rows})
@@ -90,6 +96,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "precision": ("cpu/precision.json", precision),
     "training": ("cpu/precision.json", training),
     "optimizer_cpu": ("cpu/optimizer.json", optimizer_cpu),
+    "optimizer_host": ("cpu/optimizer.json", optimizer_host),
     "optimizer_accuracy": ("cpu/optimizer_accuracy.json", optimizer_accuracy),
     "solvers": ("cpu/solvers.json", solvers),
 }

@@ -47,18 +47,16 @@ class Prepared:
         self._others = [parameter for parameter in self._parameters if parameter not in stepped]
         self._owners = list(optimizer.state)
         self._addresses, self._modes = _addresses(optimizer, self._parameters), _modes(optimizer)
-        # Of every list: its options, and which parameters of the plan it is.
-        self._lists: list[tuple[dict[str, Any], int, int]] = []
+        self._lists: list[tuple[int, int, int]] = []  # group, and which parameters of the plan: the first, how many
         plans, first = [], 0
         for group, members in alike:
             storages = [storage for storage, _ in members]
             gradients = [gradient.contiguous() for _, gradient in members]
             steps = [storage.state["step"] for storage in storages]
             number = next(i for i, other in enumerate(optimizer.param_groups) if other is group)
-            modes = storages[0].weights, storages[0].moments
-            lists = lists_of(storages)
-            plans.append(torch.ops.srpo.adamw_plan(*lists, gradients, steps, starts_of(storages), number, *modes))
-            self._lists.append((group, first, len(members)))
+            where = starts_of(storages), number, storages[0].weights, storages[0].moments
+            plans.append(torch.ops.srpo.adamw_plan(*lists_of(storages), gradients, steps, *where))
+            self._lists.append((number, first, len(members)))
             first += len(members)
         self._plan = torch.cat(plans)
 
@@ -79,15 +77,11 @@ class Prepared:
         begun = self._begin(optimizer, gradients)
         if not begun.numel():
             return False
-        sums: list[Sums] = [
-            (
-                (),
-                torch.ops.srpo.adamw_advance.default(
-                    self._plan, begun, first, count, optimizer.seed, group["ema_decay"] or 0.0, group["ema_every"]
-                ),
-            )
-            for group, first, count in self._lists
-        ]
+        sums: list[Sums] = []
+        for number, first, count in self._lists:
+            group = optimizer.param_groups[number]
+            numbers = optimizer.seed, group["ema_decay"] or 0.0, group["ema_every"]
+            sums.append(((), torch.ops.srpo.adamw_advance.default(self._plan, begun, first, count, *numbers)))
         torch.autograd.graph.increment_version(self._stepped)
         # Its many small launches only if it is read.
         optimizer._telemetry = partial(_telemetry, begun, sums, self._stepped)
@@ -108,10 +102,13 @@ def _parameters(optimizer: AdamW) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _addresses(optimizer: AdamW, parameters: list[Tensor]) -> list[int]:
-    """Where parameters and all states are."""
+def _addresses(optimizer: AdamW, parameters: list[Tensor]) -> list[Any]:
+    """Where parameters and all states are; never the same twice if something else is among these."""
     states = chain.from_iterable(map(dict.values, optimizer.state.values()))
-    return [*map(Tensor.data_ptr, chain(parameters, states))]
+    try:
+        return [*map(Tensor.data_ptr, chain(parameters, states))]
+    except TypeError:
+        return [object()]
 
 
 def _modes(optimizer: AdamW) -> list[Any]:
@@ -126,5 +123,5 @@ def _same(these: Collection[Tensor], those: Collection[Tensor]) -> bool:
 
 def _telemetry(begun: Tensor, sums: list[Sums], stepped: list[Tensor]) -> dict[str, Tensor]:
     after = BINS + 2
-    norm, finite = begun[after].view(torch.float64), begun[after + 2].view(torch.int64) != 0
+    norm, finite = begun[after].view(torch.float64), begun[after + 2] != 0
     return telemetry(GradientNorm(norm, finite, begun[BINS + 1]), sums, stepped)

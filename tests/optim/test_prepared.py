@@ -111,6 +111,11 @@ def other_numbers(training: Training) -> None:
     training.optimizer.max_grad_norm, training.optimizer.seed = None, 9
 
 
+def replace_a_group(training: Training) -> None:
+    group = training.optimizer.param_groups[1]
+    training.optimizer.param_groups[1] = {**group, "lr": 3e-3, "ema_decay": 0.2}
+
+
 def step_inside_backward(training: Training) -> None:
     training.optimizer.zero_grad()
     with step_in_backward(training.optimizer, "previous"):
@@ -130,6 +135,7 @@ CHANGES: list[tuple[Callable[[Training], Any], bool]] = [
     (forget_a_state, True),
     (swap_states, True),
     (other_numbers, False),
+    (replace_a_group, False),
     (step_inside_backward, False),
     (lambda training: training.step(without=0), True),
     (lambda training: training.step(dtype=torch.float32), True),
@@ -205,6 +211,16 @@ def test_sharded_parameters_are_not_prepared(tmp_path: Path) -> None:
         assert_same([sharded.detach().to_local()], [plain.detach()])
     finally:
         dist.destroy_process_group()
+
+
+def test_states_of_others_are_left_alone() -> None:
+    training, plain = Training(again=True), Training(again=False)
+    for number in range(3):
+        for each in (training, plain):
+            each.step()
+        training.optimizer.state[training.parameters[0]]["note"] = number
+    del training.optimizer.state[training.parameters[0]]["note"]
+    assert_same(everything(training.optimizer), everything(plain.optimizer))
 
 
 def test_nothing_is_kept_alive() -> None:
