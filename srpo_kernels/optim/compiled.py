@@ -17,7 +17,7 @@ from srpo_kernels.optim.storage import Storage
 if TYPE_CHECKING:
     from srpo_kernels.optim.norm import GradientNorm
 
-__all__ = ["advance_alike", "available", "lists_of", "operators", "starts_of", "takes", "triton_takes"]
+__all__ = ["advance_alike", "available", "count_steps", "lists_of", "operators", "starts_of", "takes", "triton_takes"]
 
 _HAS_TRITON = find_spec("triton") is not None
 
@@ -89,9 +89,16 @@ def advance_alike(
         storages[0].weights,
         storages[0].moments,
     )
-    torch._foreach_add_([local(storage.state["step"]) for storage in storages], norm.finite.float())
+    count_steps(storages, norm)
     torch.autograd.graph.increment_version(local(storage.parameter) for storage in storages)
     return sums
+
+
+def count_steps(storages: list[Storage], norm: GradientNorm) -> None:
+    """Count the step that storages took if everything was finite."""
+    steps = [local(storage.state["step"]) for storage in storages]
+    # By its name: torch._foreach_add_ would take a tensor without dimensions for a number, and wait for the device.
+    torch.ops.aten._foreach_add_.Tensor(steps, norm.finite.float())
 
 
 def _scalars(ops: Any, group: dict[str, Any], steps: Tensor) -> Tensor:

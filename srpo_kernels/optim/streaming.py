@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from srpo_kernels.optim.compiled import count_steps
 from srpo_kernels.optim.norm import GradientNorm
 from srpo_kernels.optim.reference import BINS
 from srpo_kernels.optim.sharding import local, local_rows
@@ -61,7 +62,7 @@ def streamed(
                     for part, states in zip(slice_, held, strict=True):
                         for name, state in states.items():
                             part.of(part.storage.state[name]).copy_(state, non_blocking=True)
-    torch._foreach_add_([storage.state["step"] for storage, _ in members], norm.finite.float())
+    count_steps([storage for storage, _ in members], norm)
     return sums
 
 

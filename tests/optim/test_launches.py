@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.optimizer_gpu import shapes
 from srpo_kernels.extension import available
-from srpo_kernels.optim import AdamW
+from srpo_kernels.optim import AdamW, adamw, step_in_backward
 from srpo_kernels.optim.adamw import _alike
 from srpo_kernels.optim.work import with_gradients, work_for
 
@@ -100,3 +100,30 @@ def test_a_step_launches_nothing_else(count: int) -> None:
     computing = [name for name in called.names if name not in SILENT]
     assert computing == ["adamw_begin", "adamw_advance", "adamw_advance"]
     assert [int(optimizer.state[parameter]["step"]) for parameter in parameters] == [2] * 4
+
+
+@pytest.mark.parametrize("path", ["prepared", "lists", "plain", "hosted", "in backward"])
+def test_nothing_waits_for_the_device(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On no path is a number read on the host."""
+    if path in ("lists", "plain"):
+        monkeypatch.setattr(adamw, "can_prepare", lambda _: False)
+    if path == "plain":
+        monkeypatch.setattr(adamw, "takes", lambda _: False)
+    parameters = [nn.Parameter(torch.ones(shape, dtype=torch.bfloat16)) for shape in [(130, 128), (5,), (9,)]]
+    optimizer = AdamW(
+        parameters,
+        lr=torch.tensor(1e-3),
+        max_grad_norm=0.1,
+        ema_decay=0.9,
+        offload="states" if path == "hosted" else "none",
+    )
+    if path == "in backward":
+        step_in_backward(optimizer, "previous")
+    for _ in range(2):
+        with Called() as called:
+            sum(parameter.float().square().sum() for parameter in parameters).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert optimizer.telemetry.keys() >= {"grad_norm", "changed"}
+        assert "sum" in called.names
+        assert "_local_scalar_dense" not in called.names
