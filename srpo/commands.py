@@ -14,6 +14,7 @@ __all__ = [
     "data",
     "demo",
     "embed",
+    "experiment",
     "export",
     "plan",
     "report",
@@ -132,6 +133,20 @@ def demo(options: argparse.Namespace) -> int:
     free = (Path(f"runs/demo-{number}") for number in itertools.count(1))
     out = Path(options.out) if options.out else next(path for path in free if not path.exists())
     return run_demo(out, options.control)
+
+
+def experiment(options: argparse.Namespace) -> int:
+    from srpo.experiments.experiment import Setting, run
+    from srpo.experiments.registry import EXPERIMENTS
+
+    if options.name not in EXPERIMENTS:
+        raise InputError(f"unknown experiment {options.name!r}; there are {', '.join(EXPERIMENTS)}")
+    chosen = EXPERIMENTS[options.name]
+    overrides = options.overrides + ([f"model.path={options.model}"] if options.model else [])
+    seeds = chosen.seeds[options.quick] if options.seeds is None else options.seeds
+    out = Path(options.out or f"runs/experiments/{options.name}")
+    print(run(chosen, Setting(options.recipe, tuple(overrides), seeds, options.quick), out))
+    return 0
 
 
 def plan(options: argparse.Namespace) -> int:

@@ -1,0 +1,1 @@
+"""The paper's claims, measured: `srpo experiment NAME` (docs/experiments.md)."""

@@ -1,0 +1,10 @@
+"""Every experiment by name."""
+
+from __future__ import annotations
+
+from srpo.experiments.experiment import Experiment
+from srpo.experiments.recovery import Recovery
+
+__all__ = ["EXPERIMENTS"]
+
+EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in (Recovery(),)}
