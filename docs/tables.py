@@ -91,6 +91,16 @@ def optimizer_accuracy(rows: list[dict[str, Any]]) -> str:
     return markdown(["", "", *(f"{count} steps" for count in steps)], lines)
 
 
+def experiment(lines: list[dict[str, Any]]) -> str:
+    """What an experiment concludes, and its table."""
+    from srpo.experiments.registry import EXPERIMENTS
+
+    header, *rows = lines
+    chosen = EXPERIMENTS[header["experiment"]]
+    said = "".join(f"- {conclusion}\n" for conclusion in chosen.conclusions(rows))
+    return f"The paper: {chosen.claim}\n\n{said}\n{markdown(*chosen.table(rows))}"
+
+
 #: By name: the result file and what renders it. Tables of GPU runs are in `benchmarks.report.tables`.
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "precision": ("cpu/precision.json", precision),
@@ -99,6 +109,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "optimizer_host": ("cpu/optimizer.json", optimizer_host),
     "optimizer_accuracy": ("cpu/optimizer_accuracy.json", optimizer_accuracy),
     "solvers": ("cpu/solvers.json", solvers),
+    "recovery": ("experiments/recovery.jsonl", experiment),
 }
 
 
@@ -109,7 +120,9 @@ def filled(page: str) -> str:
         if match[2] in GPU_TABLES:
             return match[1] + rendered(match[2], newest(RESULTS)) + match[3]
         file, render = TABLES[match[2]]
-        return match[1] + render(json.loads((RESULTS / file).read_text(encoding="utf-8"))) + match[3]
+        text = (RESULTS / file).read_text(encoding="utf-8")
+        lines = file.endswith(".jsonl")
+        return match[1] + render([*map(json.loads, text.splitlines())] if lines else json.loads(text)) + match[3]
 
     return _MARKED.sub(table, page)
 
