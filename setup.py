@@ -58,7 +58,8 @@ def extensions() -> dict[str, Any]:
     if wanted("SRPO_BUILD_CPP", "" if compiler else "a C++ compiler"):
         sources = ["csrc/ops_cpu.cpp", "csrc/cpu/adamw.cpp"]
         found.append(CppExtension("srpo_kernels._C", sources, extra_compile_args={"cxx": CPP}, **shared))
-    possible = compiler and CUDA_HOME is not None and torch.version.cuda is not None
+    nvcc = CUDA_HOME is not None and shutil.which("nvcc", path=f"{CUDA_HOME}/bin")
+    possible = compiler and nvcc and torch.version.cuda is not None
     if wanted("SRPO_BUILD_CUDA", "" if possible else "nvcc and a CUDA build of torch"):
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0a;10.0a")  # never ask the local GPU
         sources = ["csrc/ops_cuda.cu", "csrc/cuda/adamw.cu"]

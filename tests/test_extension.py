@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
@@ -432,6 +433,37 @@ def test_the_status_says_what_is_missing():
         value == "loaded" or value.startswith(("not built", "not loaded")) for value in list(status.values())[:2]
     )
     assert not available("meta")
+
+
+@pytest.mark.parametrize(
+    ("cpp", "cuda", "names"),
+    [("0", "0", []), ("auto", "auto", ["srpo_kernels._C"]), ("1", "auto", ["srpo_kernels._C"]), ("0", "auto", [])],
+)
+@compiler
+def test_setup_builds_what_is_wanted_and_possible(cpp, cuda, names, tmp_path, monkeypatch):
+    """Where there is no nvcc."""
+    assert [module.name for module in _set_up(cpp, cuda, tmp_path, monkeypatch).get("ext_modules", [])] == names
+
+
+@pytest.mark.parametrize(
+    ("cpp", "cuda", "message"),
+    [("0", "1", "SRPO_BUILD_CUDA=1 needs nvcc"), ("yes", "0", "SRPO_BUILD_CPP must be auto, 0 or 1, got 'yes'")],
+)
+def test_setup_refuses_what_is_impossible(cpp, cuda, message, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=message):
+        _set_up(cpp, cuda, tmp_path, monkeypatch)
+
+
+def _set_up(cpp: str, cuda: str, cuda_home: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """What setup.py passes to `setup`."""
+    found: dict = {}
+    monkeypatch.setenv("SRPO_BUILD_CPP", cpp)
+    monkeypatch.setenv("SRPO_BUILD_CUDA", cuda)
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(cuda_home))
+    monkeypatch.setattr("setuptools.setup", found.update)
+    monkeypatch.chdir(CSRC.parent)
+    runpy.run_path("setup.py")
+    return found
 
 
 @compiler
