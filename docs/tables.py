@@ -106,7 +106,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "precision": ("cpu/precision.json", precision),
     "training": ("cpu/precision.json", training),
     "optimizer_cpu": ("cpu/optimizer.json", optimizer_cpu),
-    "optimizer_host": ("cpu/optimizer.json", optimizer_host),
+    "optimizer_host": ("cpu/optimizer_host.json", optimizer_host),
     "optimizer_accuracy": ("cpu/optimizer_accuracy.json", optimizer_accuracy),
     "solvers": ("cpu/solvers.json", solvers),
     "recovery": ("experiments/recovery.jsonl", experiment),
