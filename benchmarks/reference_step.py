@@ -116,8 +116,8 @@ def reference_gradient(
         start, end = branch.sigma_from, branch.sigma_to
         with phases.of("inject"):
             x_t = (1 - start) * x0 + start * noise
-        with phases.of("forward"):
-            v = phases.at_gradient(velocity(x_t, start, setting.guidance), "backward")
+        with phases.of(f"forward, {branch.name}"):
+            v = phases.at_gradient(velocity(x_t, start, setting.guidance), f"backward, {branch.name}")
         with phases.of("inject"):  # and recover
             x0_hat = (x_t + (end - start) * v - end * noise) / (1 - end)
             latents = _unpack(x0_hat, h, w) / vae.config.scaling_factor + vae.config.shift_factor

@@ -43,7 +43,8 @@ Step = Callable[[int, Phases], object]
 def quick(ceilings: Ceilings, *, small: bool) -> Iterator[Measurement]:
     """The step of the profile, in every form that fits the GPU; `small`: the tiny one, run and not timed."""
     model = "tiny" if small else "flux-dev"
-    config = step_models.recipe(model, None, ["srpo.rollout_steps=2"] if small else [])
+    changes = ["srpo.rollout_steps=2"] if small else _fitting()
+    config = step_models.recipe(model, None, changes)
     for form in FORMS:
         for measurement in measure_step(model, form, config, ceilings, repeats=1 if small else 3):
             yield replace(measurement, processes=[], status="skipped", error=UNMEASURED) if small else measurement
@@ -60,7 +61,8 @@ def measure_step(
         part="step",
         form=form,
         version=timing.source_hash(__file__),
-        recipe=f"{config.srpo.rollout_steps} rollout steps, {config.model.precision}, batch 1",
+        recipe=f"{config.srpo.rollout_steps} rollout steps, {config.model.precision}, batch 1, optimizer "
+        f"{'/'.join(config.optimizer.modes(config.model.precision))}, offload {config.optimizer.offload}",
         contract={"clock": "events" if device.type == "cuda" else "host", "scope": "device", "fill": "random weights"},
     )
     try:
@@ -77,7 +79,7 @@ def measure_step(
     details: dict[str, Any] = {"optimizer stepped": stepped}
     rate = flops["step"] / (statistics.median(totals) * 1e-3) / 1e12
     if config.model.precision == "bf16" and ceilings.matmul_tflop_s:
-        details["of the measured matmul ceiling"] = round(rate / ceilings.matmul_tflop_s, 4)
+        details["MFU, of the measured matmul ceiling"] = round(rate / ceilings.matmul_tflop_s, 4)
     yield Measurement(
         mode="step",
         processes=[Process.of(totals, **conditions)],
@@ -87,10 +89,24 @@ def measure_step(
         details=details,
         **about,
     )
-    for phase in steps[0]:
-        times = [1e3 * each[phase] for each in steps]
+    for phase in dict.fromkeys(name.partition(",")[0] for name in steps[0]):
+        parts = [name for name in steps[0] if name.partition(",")[0] == phase]  # the branches, one after the other
+        times = [1e3 * sum(each[name] for name in parts) for each in steps]
+        split = {f"{name} ms": round(1e3 * statistics.median(each[name] for each in steps), 3) for name in parts}
         if min(times) > 0:
-            yield Measurement(mode=phase, processes=[Process.of(times, **conditions)], flops=flops.get(phase), **about)
+            yield Measurement(
+                mode=phase,
+                processes=[Process.of(times, **conditions)],
+                flops=flops.get(phase),
+                details=split if len(parts) > 1 else {},
+                **about,
+            )
+
+
+def _fitting() -> list[str]:
+    """What a GPU with less room than weights, gradients and states of FLUX.1-dev take changes in the recipe."""
+    room = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return ["optimizer.offload=states"] if room < _RESIDENT else []
 
 
 def setting(config: TrainConfig, flux: Flux, step: int) -> Setting:
@@ -195,6 +211,8 @@ def _flops(config: TrainConfig) -> dict[str, float]:
     return {**found, "step": sum(found.values()) + images}
 
 
+#: 10 bytes a parameter, and room for an image.
+_RESIDENT = 130e9
 #: What a gradient pass of one checkpointed branch keeps, and the decoder's graph, at 1024 px; with some room.
 _ACTIVATIONS = 24 << 30
 
