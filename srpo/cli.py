@@ -45,6 +45,8 @@ def _quiet_libraries() -> None:
     """One line for a warning, and no bars or hints from the libraries that load models."""
     warnings.formatwarning = lambda message, *_, **__: f"srpo: warning: {message}\n"
     warnings.simplefilter("ignore", FutureWarning)  # diffusers 0.42 renames `torch_dtype`, which 0.36 needs
+    # Blocks return views of one tensor, and nothing writes to them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):  # read when they are imported
         os.environ.setdefault(name, "error")
     import diffusers.utils.logging
