@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import quick_config, quick_overrides
 
-import srpo.trainer
+import srpo.batches
 from srpo.config import load_config
 from srpo.errors import InputError
 from srpo.latents import shifted_sigmas
@@ -53,9 +53,9 @@ def test_steps_are_one_call_each_and_the_second_extrapolates() -> None:
 def test_a_recipe_chooses_solver_and_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rollouts of training get the recipe's solver and e4m3; sample grids are neither."""
     seen: list[dict[str, Any]] = []
-    plain = srpo.trainer.rollout
+    plain = srpo.batches.rollout
     monkeypatch.setattr(
-        srpo.trainer, "rollout", lambda *given, **options: seen.append(options) or plain(*given, **options)
+        srpo.batches, "rollout", lambda *given, **options: seen.append(options) or plain(*given, **options)
     )
     config = quick_config(
         tmp_path / "run", "srpo.updates=1", "model.precision=fp8-rollout", "run.rollout_solver=adams2"
