@@ -8,7 +8,7 @@ from unittest import mock
 
 import open_clip
 import torch
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
@@ -16,6 +16,7 @@ from benchmarks.reference_step import Scorer
 from srpo.assets import resolve_asset
 from srpo.config import TrainConfig, load_config
 from srpo.models import Flux
+from srpo.plan.sizes import Sizes
 from srpo.precision import compute_dtype
 from srpo.randomness import generator
 from srpo.rewards import Reward, load_reward
@@ -26,17 +27,6 @@ __all__ = ["MODELS", "flux", "recipe", "reward", "scorer"]
 MODELS = ("flux-dev", "tiny")
 
 _TOWER = "ViT-H-14"
-_VAE: dict[str, Any] = dict(
-    down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4,
-    block_out_channels=(128, 256, 512, 512),
-    layers_per_block=2,
-    latent_channels=16,
-    scaling_factor=0.3611,
-    shift_factor=0.1159,
-    use_quant_conv=False,
-    use_post_quant_conv=False,
-)
 _COMMON = ("srpo.batch_size=1", "run.micro_batch=1", "run.draws_per_rollout=1")
 
 
@@ -59,8 +49,9 @@ def flux(model: str, config: TrainConfig, device: torch.device, *, dtype: torch.
             loaded.transformer.to(dtype)
         return loaded
     chosen = dtype or {"fp32": torch.float32, "bf16": torch.bfloat16}[weights]
-    transformer = _random(FluxTransformer2DModel, dict(guidance_embeds=True), chosen, device)
-    vae = _random(AutoencoderKL, _VAE, compute_dtype(precision), device).eval()
+    sizes = Sizes.of(config)
+    transformer = _random(sizes.transformer, chosen, device)
+    vae = _random(sizes.vae, compute_dtype(precision), device).eval()
     absent: dict[str, Any] = dict.fromkeys(("scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     pipeline = FluxPipeline(transformer=transformer, vae=vae, **absent)
     return Flux(pipeline, precision=precision, max_sequence_length=length, texts=_RandomTexts(device, length))  # type: ignore[arg-type]
@@ -110,10 +101,9 @@ def _tower(device: torch.device) -> Any:
     return open_clip.create_model(_TOWER, device=device).requires_grad_(False).eval()
 
 
-def _random(kind: Any, shape: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
-    """A module of small random weights, never in host memory."""
-    with torch.device("meta"):
-        module = kind(**shape).to(dtype)
+def _random(module: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """A module on the meta device with small random weights on `device`, never in host memory."""
+    module.to(dtype)
     module.to_empty(device=device)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.02)
