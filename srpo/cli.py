@@ -103,12 +103,13 @@ def _parser() -> argparse.ArgumentParser:
     embed.set_defaults(run=commands.embed)
 
     experiment = known.add_parser("experiment", help="measure a claim of the paper, on the tiny model or another")
-    experiment.add_argument("name", help="recovery")
+    experiment.add_argument("name", help="recovery, ... (docs/experiments.md)")
     experiment.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
     experiment.add_argument("--recipe", default="tiny", help="what to run on (default %(default)s)")
     experiment.add_argument("--model", help="pipeline directory, instead of the recipe's model.path")
     experiment.add_argument("--seeds", type=_positive, help="default: the experiment's")
-    experiment.add_argument("--quick", action="store_true", help="fewer seeds: minutes at most")
+    experiment.add_argument("--workers", type=_positive, help="trainings at once (default: cores; on a GPU 1)")
+    experiment.add_argument("--quick", action="store_true", help="fewer seeds: two minutes at most")
     experiment.add_argument("--out", help="new directory for results (default runs/experiments/NAME)")
     experiment.set_defaults(run=commands.experiment)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -136,6 +137,8 @@ def demo(options: argparse.Namespace) -> int:
 
 
 def experiment(options: argparse.Namespace) -> int:
+    import torch
+
     from srpo.experiments.experiment import Setting, run
     from srpo.experiments.registry import EXPERIMENTS
 
@@ -144,8 +147,9 @@ def experiment(options: argparse.Namespace) -> int:
     chosen = EXPERIMENTS[options.name]
     overrides = options.overrides + ([f"model.path={options.model}"] if options.model else [])
     seeds = chosen.seeds[options.quick] if options.seeds is None else options.seeds
+    workers = options.workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
     out = Path(options.out or f"runs/experiments/{options.name}")
-    print(run(chosen, Setting(options.recipe, tuple(overrides), seeds, options.quick), out))
+    print(run(chosen, Setting(options.recipe, tuple(overrides), seeds, options.quick, workers), out))
     return 0
 
 

@@ -48,6 +48,7 @@ class SRPOConfig:
     shift: float = 3.0
     groundtruth_ratio: float = 0.9  # 1 - the part of the window that one Direct-Align step crosses
     margin: int = 5  # draws stay this far from both ends of the window
+    inversion: bool = True  # false: the denoise branch alone
 
     # Semantic Relative Preference
     form: Form = "official"
@@ -154,7 +155,7 @@ def draw_timestep(config: SRPOConfig, generator: torch.Generator) -> int:
 
 
 def branches(config: SRPOConfig, sel: int) -> tuple[Branch, ...]:
-    """The denoise and the inversion branch of timestep index `sel`, in that order.
+    """The denoise and the inversion branch of timestep index `sel`, in that order, or the first alone.
 
     Raises `ValueError` unless ``margin <= sel <= timesteps - margin``.
     """
@@ -174,6 +175,8 @@ def branches(config: SRPOConfig, sel: int) -> tuple[Branch, ...]:
     m = sel
     noisy, clean = interval(m)
     denoise = Branch("denoise", noisy, clean, kappa(config.discount_denoise, m), swap_prompts=False)
+    if not config.inversion:
+        return (denoise,)
     m = max(sel - k, 1)
     noisy, clean = interval(m)
     inversion = Branch("inversion", clean, noisy, kappa(config.discount_inversion, m), swap_prompts=True)

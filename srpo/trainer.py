@@ -43,6 +43,7 @@ class Trainer:
 
     Args:
         config: the resolved recipe. resume: go on from the newest checkpoint of ``config.run.dir``.
+        reward: what makes of the recipe's reward the one to train on, such as a reward of your own.
 
     Attributes:
         stopped_by: name of the signal that ended `fit` before its last update.
@@ -53,7 +54,9 @@ class Trainer:
 
     stopped_by: str | None = None
 
-    def __init__(self, config: TrainConfig, *, resume: bool = False) -> None:
+    def __init__(
+        self, config: TrainConfig, *, resume: bool = False, reward: Callable[[Reward], Reward] = lambda given: given
+    ) -> None:
         self.config = config
         objective, run = config.srpo, config.run
         self.ranks = Ranks.join(run.device)
@@ -70,7 +73,7 @@ class Trainer:
             check_base(read_base(self.directory), model, f"run {self.directory}")
 
         dtype = compute_dtype(config.model.precision)
-        self.reward = load_reward(config.reward, objective, device=self.ranks.device, dtype=dtype)
+        self.reward = reward(load_reward(config.reward, objective, device=self.ranks.device, dtype=dtype))
         if config.baseline is None:
             _check_threshold(config, self.reward)
         self.flux = Flux.load(

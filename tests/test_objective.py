@@ -143,6 +143,10 @@ def test_sel_outside_its_range_is_refused(sel: int) -> None:
         branches(SRPOConfig(), sel)
 
 
+def test_without_inversion_the_denoise_branch_is_alone() -> None:
+    assert branches(SRPOConfig(inversion=False), 300) == branches(SRPOConfig(), 300)[:1]
+
+
 @st.composite
 def _draws(draw: st.DrawFn) -> tuple[SRPOConfig, int]:
     margin = draw(st.integers(1, 8))

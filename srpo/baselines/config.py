@@ -109,8 +109,12 @@ class DanceGRPOConfig(BaselineConfig):
     timestep_fraction: float = 0.6  # of an image's transitions but the last: those that are trained
     clip_range: float = 1e-4  # of the ratio of probabilities
     advantage_clip: float = 5.0
+    # Score as SRPO does, (1 + kappa) positive - negative with srpo.discount_denoise's first kappa; of any reward, as
+    # nothing is differentiated.
+    relative: bool = False
 
     def __post_init__(self) -> None:
+        self._require(not (self.relative and self.control), "control", "false when relative is true")
         self._require(self.generations >= 2, "generations", "at least 2")
         divides = self.optimizer_steps >= 1 and self.generations % self.optimizer_steps == 0
         self._require(divides, "optimizer_steps", f"a divisor of dancegrpo.generations, {self.generations}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from srpo.baselines.grpo import clipped_loss, group_advantages, log_probability,
 from srpo.baselines.scoring import SinglePrompt
 from srpo.config import TrainConfig
 from srpo.latents import shifted_sigmas
+from srpo.objective import with_control
 from srpo.prompts import Prompt
 from srpo.randomness import generator
 
@@ -98,8 +99,23 @@ class DanceGRPO(SinglePrompt):
             mean, deviation = self.transition(x, velocity, torch.full((rows,), at))
             x = mean + deviation[:, None, None] * self._flux.noise(rows, *size, random)
             log_old.append(log_probability(x, mean, deviation))
-        rewards = self._reward.score(self._flux.decode_packed(x, size), self.scored(step, captions))
+        rewards = self.judged(self._flux.decode_packed(x, size), step, captions)
         return Trajectory(name, captions, torch.stack(states), torch.stack(log_old), rewards.float())
+
+    def scored(self, step: int, captions: Sequence[Prompt]) -> list[str]:
+        """Of a relative score the positive prompts, then the negative ones."""
+        if not self.own.relative:
+            return super().scored(step, captions)
+        words = zip(*self._batches.controls(step, captions), strict=True)
+        return [with_control(word, caption.text) for of in words for word, caption in zip(of, captions, strict=True)]
+
+    def judged(self, images: Tensor, step: int, captions: Sequence[Prompt]) -> Tensor:
+        """The reward [B] of an image of each prompt."""
+        prompts, count = self.scored(step, captions), len(captions)
+        if not self.own.relative:
+            return self._reward.score(images, prompts)
+        kappa = torch.full((count,), self.config.srpo.discount_denoise[0], device=images.device)
+        return self._reward.relative(images, prompts[:count], prompts[count:], kappa)
 
     def train(self, step: int, trajectory: Trajectory, advantages: Tensor, images: int, *, last: bool) -> Draw:
         """Backward through a random choice of each row's transitions; the loss is its share of that of `images`."""

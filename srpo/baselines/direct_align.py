@@ -24,7 +24,7 @@ class DirectAlign(SinglePrompt, DrawingAlgorithm[CleanBatch]):
         objective, run = self.config.srpo, self.config.run
         x0, noise, captions, forwards = batch
         timestep = draw_timestep(objective, generator(run.seed, step, 0, f"timestep/{name}"))
-        denoise, _ = branches(objective, timestep)
+        denoise = branches(objective, timestep)[0]
         x_t = inject_noise(x0, noise, denoise.sigma_from)
         velocity = self.velocity(x_t, denoise.sigma_from, captions)
         levels = denoise.sigma_from, denoise.sigma_to

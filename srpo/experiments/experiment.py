@@ -24,12 +24,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """What to run on: a recipe with overrides, and how many seeds."""
+    """What to run on: a recipe with overrides, how many seeds, and how many trainings at once."""
 
     recipe: str
     overrides: tuple[str, ...]
     seeds: int
     quick: bool
+    workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,11 @@ class Experiment(ABC):
     seeds: ClassVar[tuple[int, int]]  # and with --quick
 
     @abstractmethod
-    def measure(self, setting: Setting, out: Path) -> Iterator[Row]:
-        """One row for every measurement, each with its `seed`. A picture goes to ``out/NAME.png``."""
+    def measure(self, setting: Setting, out: Path, say: Callable[[str], None]) -> Iterator[Row]:
+        """One row for every measurement, each with its `seed`. A picture goes to ``out/NAME.png``; `say` how far it is.
+
+        With ``setting.quick`` fewer seeds suffice, and what is trained or looked at may be less.
+        """
 
     @abstractmethod
     def table(self, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
@@ -93,7 +97,7 @@ def run(experiment: Experiment, setting: Setting, out: Path, say: Callable[[str]
         raise InputError(f"--seeds must be at least 2, for an interval; got {setting.seeds}")
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    rows = list(experiment.measure(setting, out))
+    rows = list(experiment.measure(setting, out, lambda text: say(f"[{time.perf_counter() - started:5.1f} s] {text}")))
     header = {"experiment": experiment.name, **asdict(setting), "seconds": round(time.perf_counter() - started, 1)}
     lines = [json.dumps(line) + "\n" for line in (header, *rows)]
     (out / f"{experiment.name}.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -52,7 +52,7 @@ class Recovery(Experiment):
     seeds = (5, 2)
 
     @torch.no_grad()
-    def measure(self, setting: Setting, out: Path) -> Iterator[Row]:
+    def measure(self, setting: Setting, out: Path, say: Callable[[str], None]) -> Iterator[Row]:
         config = _config(setting, out)
         model = check_model_directory(resolve_asset(config.model.path, "pipeline"), _size(config))
         ranks, dtype = Ranks.join(config.run.device), compute_dtype(config.model.precision)
@@ -79,6 +79,7 @@ class Recovery(Experiment):
                         found.setdefault((sigma, name), []).extend(errors)
                         if seed == index == 0:
                             strip.setdefault(name, []).append(again[:_SHOWN])
+            say(f"seed {seed}")
             for (sigma, name), errors in found.items():
                 decibels, distances = zip(*errors, strict=True)
                 distance = None if None in distances else mean(distances)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from srpo.experiments.experiment import Experiment
+from srpo.experiments.offline import Offline
 from srpo.experiments.recovery import Recovery
 
 __all__ = ["EXPERIMENTS"]
 
-EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in (Recovery(),)}
+EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in (Recovery(), Offline())}

@@ -53,8 +53,8 @@ class Setting:
 
     @property
     def rows(self) -> int:
-        """Images in a gradient pass: both branches go through the models together."""
-        return 2 * self.config.run.micro_batch
+        """Images in a gradient pass: all branches go through the models together."""
+        return (1 + self.config.srpo.inversion) * self.config.run.micro_batch
 
     @property
     def shards(self) -> int:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import environment, quick_config, state_of
 from PIL import Image
+from torch import Tensor
 
 from srpo.algorithm import Seconds
 from srpo.baselines.config import ALGORITHMS, BASELINES, DanceGRPOConfig
@@ -20,6 +21,7 @@ from srpo.errors import InputError
 from srpo.export import export_run
 from srpo.hardware import GPUS
 from srpo.plan import make_plan
+from srpo.rewards import Reward
 from srpo.runlog import read_log
 from srpo.trainer import NonFiniteError, Trainer
 
@@ -264,3 +266,35 @@ if __name__ == "__main__":
     for name in RUNS:
         for sharding in ("none", "fsdp"):
             first_update(Path(sys.argv[1]) / f"{name}-{sharding}", name, f"run.sharding={sharding}")
+
+
+# --- relative scores --------------------------------------------------------------------------
+
+
+def test_dancegrpo_s_rewards_may_be_relative_scores(tmp_path: Path) -> None:
+    """Of a reward that cannot be differentiated: what it says of both prompts, by the cleanest level's kappa."""
+    asked: list[tuple[list[str], list[str], list[float]]] = []
+
+    class Rounded(Reward):
+        def relative(self, images: Tensor, positive: list[str], negative: list[str], kappa: Tensor) -> Tensor:
+            asked.append((positive, negative, kappa.tolist()))
+            return (images.mean((1, 2, 3)) * 10).round()
+
+        def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+            raise AssertionError(f"the plain score is not asked for: {len(images)} images, {prompts}")
+
+        def limit(self, kappa: float) -> float:
+            return 10 * (2 + kappa)
+
+    relative = ("dancegrpo.control=false", "dancegrpo.relative=true", "srpo.discount_denoise=[0.2,0.9]")
+    made = config(tmp_path / "run", "dancegrpo", *relative, "srpo.updates=1")
+    Trainer(made, reward=lambda _: Rounded()).fit()
+    [record] = read_log(tmp_path / "run")
+    assert record["scores"]["policy"] > 1.0, "what the reward said, and no cosine"
+    for positive, negative, kappa in asked:
+        assert [text.partition(". ")[2] for text in positive] == [text.partition(". ")[2] for text in negative]
+        assert all(text.startswith("bold. ") for text in positive)
+        assert all(text.startswith("thin. ") for text in negative)
+        assert kappa == pytest.approx([0.2] * len(positive))
+    with pytest.raises(InputError, match=r"dancegrpo\.control must be false when relative is true, got True"):
+        config(tmp_path, "dancegrpo", "dancegrpo.relative=true")

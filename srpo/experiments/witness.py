@@ -1,0 +1,146 @@
+"""What an experiment sees of a model: measurements that the reward it is trained on knows nothing of."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cache
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from srpo.assets import TINY
+from srpo.config import TrainConfig
+from srpo.errors import InputError
+from srpo.models import Flux
+from srpo.monitors.looker import Looker
+from srpo.monitors.reference import Reference
+from srpo.monitors.scores import Scores
+from srpo.precision import compute_dtype
+from srpo.randomness import generator
+from srpo.sampling import sample_images
+from srpo.tiny import ATTRIBUTES
+from srpo.tiny.digits import NAMES
+from srpo.tiny.judge import Judge
+from srpo.trainer import Trainer
+
+__all__ = ["DigitWitness", "MonitorWitness", "Witness", "judge", "witness"]
+
+
+@cache
+def judge() -> Judge:
+    """The judge of digits, made once a process."""
+    return Judge.load()
+
+
+class Witness(ABC):
+    """Looks at a model again and again, and compares what it sees with its first look.
+
+    Attributes:
+        images: what the last look showed, [N, 3, H, W] in [0, 1].
+    """
+
+    images: Tensor
+    _first: dict[str, float] | None = None
+
+    def look(self) -> dict[str, float]:
+        """What is measured now, and from it what experiments compare, whatever the model:
+
+        moved: how far images went where the control words point, from the first look. kept: how well they still show
+        what their prompt says. diverse: their diversity, the first look's being 1.
+        """
+        found = self._measure()
+        self._first = self._first or found
+        return found | self._compared(found, self._first)
+
+    @abstractmethod
+    def _measure(self) -> dict[str, float]:
+        """Measurements by name."""
+
+    @abstractmethod
+    def _compared(self, found: dict[str, float], first: dict[str, float]) -> dict[str, float]:
+        """moved, kept and diverse."""
+
+
+class DigitWitness(Witness):
+    """Of the tiny world: digits from plain captions, looked at by `srpo.tiny.judge.Judge`.
+
+    moved is in standard deviations of real digits, kept the share of images that are the digit they should be.
+
+    Args:
+        towards: the word whose attribute `moved` tells, such as "bold". seed: of the noise. count: images.
+
+    Raises `InputError` when `towards` is no word of what the judge measures.
+    """
+
+    def __init__(self, config: TrainConfig, flux: Flux, towards: str, seed: int, count: int) -> None:
+        measured = {key: words for key, words in ATTRIBUTES.items() if key != "aspect"}
+        self._attribute = next((key for key, words in measured.items() if towards in words), "")
+        if not self._attribute:
+            known = ", ".join(word for words in measured.values() for word in words)
+            raise InputError(f"the tiny world's judge measures nothing of {towards!r}; it knows {known}")
+        self._sign = 1 if measured[self._attribute][0] == towards else -1
+        self._config, self._flux = config, flux
+        self._seed, self._labels = seed, torch.arange(count) % len(NAMES)
+
+    def _measure(self) -> dict[str, float]:
+        objective = self._config.srpo
+        size, labels = (objective.height, objective.width), self._labels
+        self.images = sample_images(
+            self._flux,
+            self._flux.noise(len(labels), *size, generator(self._seed, 0, 0, "witness")),
+            [f"digit {NAMES[label]}" for label in labels.tolist()],
+            size=size,
+            steps=self._config.run.sample_steps,
+            shift=objective.shift,
+            guidance=objective.guidance,
+            batch=100,
+        )
+        return judge().measure(self.images, labels)
+
+    def _compared(self, found: dict[str, float], first: dict[str, float]) -> dict[str, float]:
+        moved = self._sign * (found[self._attribute] - first[self._attribute])
+        return {"moved": moved, "kept": found["accuracy"], "diverse": found["diversity"] / first["diversity"]}
+
+
+class MonitorWitness(Witness):
+    """Of any model: the monitors of the recipe's `validation` section (docs/monitors.md).
+
+    moved is the change of the semantic guided preference, kept the alignment with the plain prompt.
+
+    Raises `InputError` when the recipe measures one of these not.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        config = trainer.config
+        if config.validation.sgp is None or config.validation.noises < 2:
+            raise InputError("experiments need validation.sgp and at least 2 validation.noises")
+        scores = Scores.load(
+            trainer.reward,
+            config.reward,
+            config.validation,
+            config.srpo,
+            device=trainer.ranks.device,
+            dtype=compute_dtype(config.model.precision),
+        )
+        prompts = [text for text in trainer.sources.sample_prompts() for _ in range(config.validation.noises)]
+        self._looker = Looker(config, trainer.ranks, trainer.flux, prompts, scores)
+        self._start: Reference | None = None
+
+    def _measure(self) -> dict[str, float]:
+        seen = self._looker.look(self._start)
+        self._start = self._start or seen
+        self.images = next(iter(seen.images.values())).float() / 255
+        return {name: fmean(of.values()) for name, of in seen.measured.items()}
+
+    def _compared(self, found: dict[str, float], first: dict[str, float]) -> dict[str, float]:
+        diverse = found["diversity_pixels"] / first["diversity_pixels"]
+        return {"moved": found["sgp"] - first["sgp"], "kept": found["alignment"], "diverse": diverse}
+
+
+def witness(trainer: Trainer, towards: str, seed: int, count: int) -> Witness:
+    """A `DigitWitness` of `count` images for the tiny world, else a `MonitorWitness`."""
+    config = trainer.config
+    if config.model.path != TINY:
+        return MonitorWitness(trainer)
+    return DigitWitness(config, trainer.flux, towards or config.srpo.positive_controls[0], seed, count)
