@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,13 +74,21 @@ class Experiment(ABC):
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of one value a seed, and half the width of its 95 % confidence interval (Student's t); 2 values or more."""
+    """Mean of one value a seed, and half the width of its 95 % confidence interval (Student's t); 2 values or more.
+
+    NaN where a value is not finite: there is no mean of what not every seed has.
+    """
+    if not all(map(math.isfinite, values)):
+        return math.nan, math.nan
     spread = stdev(values) / len(values) ** 0.5
     return mean(values), float(student.ppf(0.975, len(values) - 1)) * spread
 
 
 def measured(values: Sequence[float], digits: int = 2) -> str:
-    """`interval` as text."""
+    """`interval` as text, or in how many seeds there is a value."""
+    finite = sum(map(math.isfinite, values))
+    if finite < len(values):
+        return f"in {finite} of {len(values)} seeds"
     middle, half = interval(values)
     return f"{middle:.{digits}f} ± {half:.{digits}f}"
 

@@ -58,7 +58,8 @@ def _conclusions(rows: Sequence[Row], arm: str) -> Iterator[Conclusion]:
     )
     further = [mine - other for mine, other in zip(moved, online, strict=True)]
     yield Conclusion(f"{arm}: {measured(further)} further than online.", surely(further) > 0)
-    target = 0.9 * min(*moved, *online)
+    if (target := 0.9 * min(*moved, *online)) <= 0:
+        return
     pairs = zip(cost_to_reach(rows, ONLINE, target), cost_to_reach(rows, arm, target), strict=True)
     saved = [other / mine for other, mine in pairs]
     text = f"{arm}: {measured(saved)} times fewer forwards than online until it has moved {target:.2f}."

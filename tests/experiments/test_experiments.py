@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from srpo.cli import main
 from srpo.errors import InputError
 from srpo.experiments import recovery
-from srpo.experiments.experiment import Row, Setting, interval, run
+from srpo.experiments.experiment import Row, Setting, interval, measured, run
 from srpo.experiments.recovery import SIGMAS, STEPS, Recovery
 from srpo.experiments.registry import EXPERIMENTS
 from srpo_kernels import inject_noise, recover
@@ -24,6 +25,8 @@ def test_interval_is_student_s() -> None:
     assert middle == 2.0
     quantile = 0.95 * (2 / (1 - 0.95**2)) ** 0.5  # of two degrees of freedom, in closed form
     assert half == pytest.approx(quantile / 3**0.5, rel=1e-9)
+    assert all(map(math.isnan, interval([1.0, math.inf])))
+    assert measured([1.0, math.inf, math.nan]) == "in 1 of 3 seeds"
 
 
 def test_recovery_measures_real_digits_the_same_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +54,7 @@ def test_recovery_measures_real_digits_the_same_twice(tmp_path: Path, monkeypatc
     assert psnr[0, 0.9, "Direct-Align, step 0.1"] > psnr[0, 0.9, "prediction of x0"]
     assert psnr[0, 0.1, "prediction of x0"] > psnr[0, 0.9, "prediction of x0"]
     page = report.read_text()
-    assert said[0] in page.replace("&#x27;", "'")
+    assert said[-1] in page.replace("&#x27;", "'")
     assert "data:image/png" in page
     assert page.count("<svg") == 2
 
@@ -99,4 +102,4 @@ def test_refusals_come_before_any_work(tmp_path: Path, capsys: pytest.CaptureFix
     assert not (tmp_path / "new").exists()
     assert main(["experiment", "recovrey"]) == 2
     assert "unknown experiment 'recovrey'" in capsys.readouterr().err
-    assert set(EXPERIMENTS) == {"recovery"}
+    assert next(iter(EXPERIMENTS)) == "recovery"
