@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 
 from srpo.assets import TINY
-from srpo.config import TrainConfig
 from srpo.errors import InputError
-from srpo.models import Flux
 from srpo.monitors.looker import Looker
+from srpo.monitors.pixels import look
 from srpo.monitors.reference import Reference
 from srpo.monitors.scores import Scores
 from srpo.precision import compute_dtype
 from srpo.randomness import generator
 from srpo.sampling import sample_images
 from srpo.tiny import ATTRIBUTES
-from srpo.tiny.digits import NAMES
+from srpo.tiny.digits import NAMES, caption
 from srpo.tiny.judge import Judge
 from srpo.trainer import Trainer
 
@@ -65,7 +64,8 @@ class Witness(ABC):
 class DigitWitness(Witness):
     """Of the tiny world: digits from plain captions, looked at by `srpo.tiny.judge.Judge`.
 
-    moved is in standard deviations of real digits, kept the share of images that are the digit they should be.
+    moved is in standard deviations of real digits, kept the share of images that are the digit they should be. The
+    monitors of pixels and of the trained reward are measured, too.
 
     Args:
         towards: the word whose attribute `moved` tells, such as "bold". seed: of the noise. count: images.
@@ -73,30 +73,34 @@ class DigitWitness(Witness):
     Raises `InputError` when `towards` is no word of what the judge measures.
     """
 
-    def __init__(self, config: TrainConfig, flux: Flux, towards: str, seed: int, count: int) -> None:
+    def __init__(self, trainer: Trainer, towards: str, seed: int, count: int) -> None:
         measured = {key: words for key, words in ATTRIBUTES.items() if key != "aspect"}
         self._attribute = next((key for key, words in measured.items() if towards in words), "")
         if not self._attribute:
             known = ", ".join(word for words in measured.values() for word in words)
             raise InputError(f"the tiny world's judge measures nothing of {towards!r}; it knows {known}")
         self._sign = 1 if measured[self._attribute][0] == towards else -1
-        self._config, self._flux = config, flux
+        self._config, self._flux, self._scores = trainer.config, trainer.flux, _scores(trainer)
         self._seed, self._labels = seed, torch.arange(count) % len(NAMES)
 
     def _measure(self) -> dict[str, float]:
         objective = self._config.srpo
         size, labels = (objective.height, objective.width), self._labels
+        prompts = [caption(label) for label in labels.tolist()]
         self.images = sample_images(
             self._flux,
             self._flux.noise(len(labels), *size, generator(self._seed, 0, 0, "witness")),
-            [f"digit {NAMES[label]}" for label in labels.tolist()],
+            prompts,
             size=size,
             steps=self._config.run.sample_steps,
             shift=objective.shift,
             guidance=objective.guidance,
             batch=100,
         )
-        return judge().measure(self.images, labels)
+        with torch.no_grad():
+            seen = self._scores.score(self.images.to(self._flux.device), prompts)
+        seen |= look(self.images, factor=self._flux.pipeline.vae_scale_factor)
+        return {name: of.mean().item() for name, of in seen.items()} | judge().measure(self.images, labels)
 
     def _compared(self, found: dict[str, float], first: dict[str, float]) -> dict[str, float]:
         moved = self._sign * (found[self._attribute] - first[self._attribute])
@@ -115,16 +119,8 @@ class MonitorWitness(Witness):
         config = trainer.config
         if config.validation.sgp is None or config.validation.noises < 2:
             raise InputError("experiments need validation.sgp and at least 2 validation.noises")
-        scores = Scores.load(
-            trainer.reward,
-            config.reward,
-            config.validation,
-            config.srpo,
-            device=trainer.ranks.device,
-            dtype=compute_dtype(config.model.precision),
-        )
         prompts = [text for text in trainer.sources.sample_prompts() for _ in range(config.validation.noises)]
-        self._looker = Looker(config, trainer.ranks, trainer.flux, prompts, scores)
+        self._looker = Looker(config, trainer.ranks, trainer.flux, prompts, _scores(trainer))
         self._start: Reference | None = None
 
     def _measure(self) -> dict[str, float]:
@@ -138,9 +134,15 @@ class MonitorWitness(Witness):
         return {"moved": found["sgp"] - first["sgp"], "kept": found["alignment"], "diverse": diverse}
 
 
+def _scores(trainer: Trainer) -> Scores:
+    config, dtype = trainer.config, compute_dtype(trainer.config.model.precision)
+    return Scores.load(
+        trainer.reward, config.reward, config.validation, config.srpo, device=trainer.ranks.device, dtype=dtype
+    )
+
+
 def witness(trainer: Trainer, towards: str, seed: int, count: int) -> Witness:
     """A `DigitWitness` of `count` images for the tiny world, else a `MonitorWitness`."""
-    config = trainer.config
-    if config.model.path != TINY:
+    if trainer.config.model.path != TINY:
         return MonitorWitness(trainer)
-    return DigitWitness(config, trainer.flux, towards or config.srpo.positive_controls[0], seed, count)
+    return DigitWitness(trainer, towards or trainer.config.srpo.positive_controls[0], seed, count)
