@@ -40,17 +40,19 @@ class Witness(ABC):
     """
 
     images: Tensor
-    _first: dict[str, float] | None = None
+    _first: tuple[dict[str, float], Tensor] | None = None
 
     def look(self) -> dict[str, float]:
         """What is measured now, and from it what experiments compare, whatever the model:
 
         moved: how far images went where the control words point, from the first look. kept: how well they still show
-        what their prompt says. diverse: their diversity, the first look's being 1.
+        what their prompt says. diverse: their diversity, the first look's being 1. changed: the root mean square of
+        pixels' change since the first look, in [0, 1].
         """
         found = self._measure()
-        self._first = self._first or found
-        return found | self._compared(found, self._first)
+        first, images = self._first = self._first or (found, self.images)
+        changed = (self.images - images).square().mean().sqrt().item()
+        return found | self._compared(found, first) | {"changed": changed}
 
     @abstractmethod
     def _measure(self) -> dict[str, float]:
