@@ -18,7 +18,7 @@ from torch import Tensor
 
 from srpo.config import TrainConfig, load_config
 from srpo.experiments.experiment import Row, Setting
-from srpo.experiments.witness import witness
+from srpo.experiments.witness import Witness, witness
 from srpo.rewards import Reward
 from srpo.runlog import read_log
 from srpo.trainer import NonFiniteError, Trainer
@@ -33,6 +33,11 @@ def _as_given(reward: Reward) -> Reward:
     return reward
 
 
+def _nothing(trainer: Trainer, looker: Witness, update: int) -> Row:
+    del trainer, looker, update
+    return {}
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way of training.
@@ -41,7 +46,7 @@ class Arm:
         overrides: its changes to the recipe. every: updates between two looks; 0: only before the first and after the
             last. towards: the word whose attribute `moved` tells, where it is not the recipe's first control word.
             reward: what makes of the recipe's reward the one to train on; a function of a module, or a
-            `functools.partial` of one.
+            `functools.partial` of one. also: what else of the model in training a row of that update has; one, too.
     """
 
     name: str
@@ -49,6 +54,7 @@ class Arm:
     every: int = 0
     towards: str = ""
     reward: Callable[[Reward], Reward] = field(default=_as_given)
+    also: Callable[[Trainer, Witness, int], Row] = field(default=_nothing)
 
 
 def trained(
@@ -127,7 +133,7 @@ def _train(task: _Task) -> list[Row]:
 
         def look(update: int) -> None:
             if update % (every or config.srpo.updates) == 0 or update == config.srpo.updates:
-                rows.append(_row(task, update) | looker.look())
+                rows.append(_row(task, update) | looker.look() | task.arm.also(trainer, looker, update))
 
         look(0)
         try:

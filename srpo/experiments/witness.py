@@ -36,10 +36,11 @@ class Witness(ABC):
     """Looks at a model again and again, and compares what it sees with its first look.
 
     Attributes:
-        images: what the last look showed, [N, 3, H, W] in [0, 1].
+        images: what the last look showed, [N, 3, H, W] in [0, 1]. prompts: what they should show, N texts.
     """
 
     images: Tensor
+    prompts: list[str]
     _first: tuple[dict[str, float], Tensor] | None = None
 
     def look(self) -> dict[str, float]:
@@ -53,6 +54,10 @@ class Witness(ABC):
         first, images = self._first = self._first or (found, self.images)
         changed = (self.images - images).square().mean().sqrt().item()
         return found | self._compared(found, first) | {"changed": changed}
+
+    @abstractmethod
+    def judged(self, images: Tensor) -> dict[str, float]:
+        """Of other images [N, 3, H, W] of the prompts: where they are that `moved` tells the change of, and kept."""
 
     @abstractmethod
     def _measure(self) -> dict[str, float]:
@@ -84,15 +89,19 @@ class DigitWitness(Witness):
         self._sign = 1 if measured[self._attribute][0] == towards else -1
         self._config, self._flux, self._scores = trainer.config, trainer.flux, _scores(trainer)
         self._seed, self._labels = seed, torch.arange(count) % len(NAMES)
+        self.prompts = [caption(label) for label in self._labels.tolist()]
+
+    def judged(self, images: Tensor) -> dict[str, float]:
+        found = judge().measure(images, self._labels)
+        return {"at": self._sign * found[self._attribute], "kept": found["accuracy"]}
 
     def _measure(self) -> dict[str, float]:
         objective = self._config.srpo
-        size, labels = (objective.height, objective.width), self._labels
-        prompts = [caption(label) for label in labels.tolist()]
+        size = (objective.height, objective.width)
         self.images = sample_images(
             self._flux,
-            self._flux.noise(len(labels), *size, generator(self._seed, 0, 0, "witness")),
-            prompts,
+            self._flux.noise(len(self.prompts), *size, generator(self._seed, 0, 0, "witness")),
+            self.prompts,
             size=size,
             steps=self._config.run.sample_steps,
             shift=objective.shift,
@@ -100,9 +109,9 @@ class DigitWitness(Witness):
             batch=100,
         )
         with torch.no_grad():
-            seen = self._scores.score(self.images.to(self._flux.device), prompts)
+            seen = self._scores.score(self.images.to(self._flux.device), self.prompts)
         seen |= look(self.images, factor=self._flux.pipeline.vae_scale_factor)
-        return {name: of.mean().item() for name, of in seen.items()} | judge().measure(self.images, labels)
+        return {name: of.mean().item() for name, of in seen.items()} | judge().measure(self.images, self._labels)
 
     def _compared(self, found: dict[str, float], first: dict[str, float]) -> dict[str, float]:
         moved = self._sign * (found[self._attribute] - first[self._attribute])
@@ -121,9 +130,15 @@ class MonitorWitness(Witness):
         config = trainer.config
         if config.validation.sgp is None or config.validation.noises < 2:
             raise InputError("experiments need validation.sgp and at least 2 validation.noises")
-        prompts = [text for text in trainer.sources.sample_prompts() for _ in range(config.validation.noises)]
-        self._looker = Looker(config, trainer.ranks, trainer.flux, prompts, _scores(trainer))
+        self.prompts = [text for text in trainer.sources.sample_prompts() for _ in range(config.validation.noises)]
+        self._scores, self._device = _scores(trainer), trainer.ranks.device
+        self._looker = Looker(config, trainer.ranks, trainer.flux, self.prompts, self._scores)
         self._start: Reference | None = None
+
+    @torch.no_grad()
+    def judged(self, images: Tensor) -> dict[str, float]:
+        found = self._scores.score(images.to(self._device), self.prompts)
+        return {"at": found["sgp"].mean().item(), "kept": found["alignment"].mean().item()}
 
     def _measure(self) -> dict[str, float]:
         seen = self._looker.look(self._start)
