@@ -36,9 +36,13 @@ class TastefulReward(Reward):
     ) -> None:
         self._reward, self._taste, self._strength = reward, taste, strength
         self._weights = RELATIVE_FORMS[form]
+        self.files = reward.files
 
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor | None:
         return self._reward.embed_prompts(prompts)
+
+    def release_text_tower(self, device: str | torch.device = "cpu") -> None:
+        self._reward.release_text_tower(device)
 
     def relative(self, images: Tensor, positive: list[str], negative: list[str], kappa: Tensor) -> Tensor:
         wanted, other = self._weights(kappa)

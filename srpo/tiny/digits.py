@@ -96,7 +96,8 @@ def measure(images: Tensor) -> dict[str, Tensor]:
     vertical pixel, positive to the right; aspect: width over height; colour: red minus blue, averaged over the ink.
     """
     x = ink(images).double()
-    rows, columns = torch.arange(x.shape[1], dtype=x.dtype)[:, None], torch.arange(x.shape[2], dtype=x.dtype)
+    rows = torch.arange(x.shape[1], dtype=x.dtype, device=x.device)[:, None]
+    columns = torch.arange(x.shape[2], dtype=x.dtype, device=x.device)
     area = x.sum((1, 2)) + 1e-6
     dy = rows - ((x * rows).sum((1, 2)) / area)[:, None, None]
     dx = columns - ((x * columns).sum((1, 2)) / area)[:, None, None]
