@@ -25,6 +25,8 @@ from srpo.trainer import Trainer
 
 __all__ = ["DigitWitness", "MonitorWitness", "Witness", "judge", "witness"]
 
+_DRIFTED = 4
+
 
 @cache
 def judge() -> Judge:
@@ -72,7 +74,7 @@ class DigitWitness(Witness):
     """Of the tiny world: digits from plain captions, looked at by `srpo.tiny.judge.Judge`.
 
     moved is in standard deviations of real digits, kept the share of images that are the digit they should be. The
-    monitors of pixels and of the trained reward are measured, too.
+    monitors of pixels, of the trained reward and of velocities are measured, too.
 
     Args:
         towards: the word whose attribute `moved` tells, such as "bold". seed: of the noise. count: images.
@@ -90,6 +92,9 @@ class DigitWitness(Witness):
         self._config, self._flux, self._scores = trainer.config, trainer.flux, _scores(trainer)
         self._seed, self._labels = seed, torch.arange(count) % len(NAMES)
         self.prompts = [caption(label) for label in self._labels.tolist()]
+        # Of images of its own: few, as velocities are compared at few.
+        self._looker = Looker(trainer.config, trainer.ranks, trainer.flux, self.prompts[:_DRIFTED], self._scores)
+        self._start: Reference | None = None
 
     def judged(self, images: Tensor) -> dict[str, float]:
         found = judge().measure(images, self._labels)
@@ -111,7 +116,10 @@ class DigitWitness(Witness):
         with torch.no_grad():
             seen = self._scores.score(self.images.to(self._flux.device), self.prompts)
         seen |= look(self.images, factor=self._flux.pipeline.vae_scale_factor)
-        return {name: of.mean().item() for name, of in seen.items()} | judge().measure(self.images, self._labels)
+        found = {name: of.mean().item() for name, of in seen.items()} | judge().measure(self.images, self._labels)
+        moved = self._looker.look(self._start)
+        self._start = self._start or moved
+        return found | {name: fmean(of.values()) for name, of in moved.measured.items() if name.startswith("drift")}
 
     def _compared(self, found: dict[str, float], first: dict[str, float]) -> dict[str, float]:
         moved = self._sign * (found[self._attribute] - first[self._attribute])
