@@ -15,6 +15,7 @@ def inject_noise_kernel(
     x0_ptr,
     noise_ptr,
     sigma_ptr,
+    alpha_ptr,  # None: rectified flow's 1 - sigma
     out_ptr,
     count,  # elements of an image
     noise_stride,  # elements between two images' noise: count, or 0 when they share it
@@ -38,8 +39,9 @@ def inject_noise_kernel(
         noise = tl.load(noise_ptr + image.to(tl.int64) * noise_stride + columns, mask=mask, other=0.0).to(ACC)
     for branch in tl.static_range(BRANCHES):
         sigma = tl.load(sigma_ptr + image * BRANCHES + branch).to(ACC)
+        alpha = 1 - sigma if alpha_ptr is None else tl.load(alpha_ptr + image * BRANCHES + branch).to(ACC)
         row = tl.cast(branch, tl.int64) * tl.num_programs(1) + image
-        out = (1 - sigma) * x0 + sigma * noise
+        out = alpha * x0 + sigma * noise
         tl.store(out_ptr + row * count + columns, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -59,12 +61,12 @@ def branch_sum_kernel(
     tl.store(out_ptr + image.to(tl.int64) * count + columns, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def forward(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    return _launch(x0, noise, sigma, noise.shape[1] if noise.shape[0] == x0.shape[0] else 0)
+def forward(x0: Tensor, noise: Tensor, sigma: Tensor, alpha: Tensor | None) -> Tensor:
+    return _launch(x0, noise, sigma, alpha, noise.shape[1] if noise.shape[0] == x0.shape[0] else 0)
 
 
-def forward_prior(x0: Tensor, sigma: Tensor, seed: int, offset: int, shared: bool) -> Tensor:
-    return _launch(x0, x0, sigma, 0, seed=seed, offset=offset, prior=True, shared=shared)
+def forward_prior(x0: Tensor, sigma: Tensor, alpha: Tensor | None, seed: int, offset: int, shared: bool) -> Tensor:
+    return _launch(x0, x0, sigma, alpha, 0, seed=seed, offset=offset, prior=True, shared=shared)
 
 
 def branch_sum(gradient: Tensor, weight: Tensor) -> Tensor:
@@ -83,6 +85,7 @@ def _launch(
     x0: Tensor,
     noise: Tensor,
     sigma: Tensor,
+    alpha: Tensor | None,
     noise_stride: int,
     *,
     seed: int = 0,
@@ -100,6 +103,7 @@ def _launch(
                 x0,
                 noise,
                 sigma,
+                alpha,
                 out,
                 count,
                 noise_stride,

@@ -28,12 +28,45 @@ def _pixel_offsets(first_token, tokens, width, TOKENS: tl.constexpr, CHANNELS: t
 
 
 @triton.jit
+def _weights(
+    row,
+    sigma_from_ptr,
+    sigma_to_ptr,
+    alpha_from_ptr,  # None for a velocity
+    alpha_to_ptr,
+    scaling_factor,
+    PREDICTION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """What x_t, the prediction and the noise are multiplied by in a row of the result."""
+    sigma_from = tl.load(sigma_from_ptr + row).to(ACC)
+    sigma_to = tl.load(sigma_to_ptr + row).to(ACC)
+    scaling_factor = tl.cast(scaling_factor, ACC)
+    if PREDICTION == "velocity":
+        of_x_t = 1 / ((1 - sigma_to) * scaling_factor)
+        of_predicted = (sigma_to - sigma_from) * of_x_t
+        left = sigma_to * of_x_t
+    else:
+        alpha_from = tl.load(alpha_from_ptr + row).to(ACC)
+        left = sigma_to / (tl.load(alpha_to_ptr + row).to(ACC) * scaling_factor)
+        if PREDICTION == "epsilon":
+            of_x_t = 1 / (alpha_from * scaling_factor)
+            of_predicted = left - sigma_from * of_x_t
+        else:
+            of_x_t = alpha_from / scaling_factor + left * sigma_from
+            of_predicted = left * alpha_from - sigma_from / scaling_factor
+    return of_x_t, of_predicted, -left
+
+
+@triton.jit
 def recover_kernel(
     x_t_ptr,
     noise_ptr,
-    velocity_ptr,
+    predicted_ptr,
     sigma_from_ptr,
     sigma_to_ptr,
+    alpha_from_ptr,
+    alpha_to_ptr,
     out_ptr,
     count,  # elements of a row
     batch,  # rows that have noise of their own
@@ -43,6 +76,7 @@ def recover_kernel(
     width,
     scaling_factor,
     shift_factor,
+    PREDICTION: tl.constexpr,
     PRIOR: tl.constexpr,
     SHARED: tl.constexpr,
     UNPACK: tl.constexpr,
@@ -50,7 +84,7 @@ def recover_kernel(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One read of x_t, noise and velocity, one write. Grid: (blocks of a row, rows)."""
+    """One read of x_t, noise and prediction, one write. Grid: (blocks of a row, rows)."""
     first = tl.program_id(0) * BLOCK
     row = tl.program_id(1)
     image = row % batch
@@ -58,15 +92,15 @@ def recover_kernel(
     columns = first + tl.arange(0, BLOCK)
     mask = columns < count
     x_t = tl.load(x_t_ptr + base + columns, mask=mask, other=0.0).to(ACC)
-    velocity = tl.load(velocity_ptr + base + columns, mask=mask, other=0.0).to(ACC)
+    predicted = tl.load(predicted_ptr + base + columns, mask=mask, other=0.0).to(ACC)
     if PRIOR:
         noise = draw(first, image * (0 if SHARED else 1), seed, offset, BLOCK).to(ACC)
     else:
         noise = tl.load(noise_ptr + image.to(tl.int64) * noise_stride + columns, mask=mask, other=0.0).to(ACC)
-    start = tl.load(sigma_from_ptr + row).to(ACC)
-    end = tl.load(sigma_to_ptr + row).to(ACC)
-    factor = 1 / ((1 - end) * tl.cast(scaling_factor, ACC))
-    out = (x_t + (end - start) * velocity - end * noise) * factor + tl.cast(shift_factor, ACC)
+    of_x_t, of_predicted, of_noise = _weights(
+        row, sigma_from_ptr, sigma_to_ptr, alpha_from_ptr, alpha_to_ptr, scaling_factor, PREDICTION, ACC
+    )
+    out = of_x_t * x_t + of_predicted * predicted + of_noise * noise + tl.cast(shift_factor, ACC)
     out = out.to(out_ptr.dtype.element_ty)
     if UNPACK:
         features: tl.constexpr = 4 * CHANNELS
@@ -83,11 +117,14 @@ def recover_backward_kernel(
     gradient_ptr,
     sigma_from_ptr,
     sigma_to_ptr,
+    alpha_from_ptr,
+    alpha_to_ptr,
     out_ptr,
     count,
     width,
     scaling_factor,
     WRT: tl.constexpr,
+    PREDICTION: tl.constexpr,
     UNPACK: tl.constexpr,
     CHANNELS: tl.constexpr,
     ACC: tl.constexpr,
@@ -107,20 +144,22 @@ def recover_backward_kernel(
         gradient = tl.reshape(tl.permute(pixels, (0, 3, 1, 2)), (BLOCK,)).to(ACC)
     else:
         gradient = tl.load(gradient_ptr + base + columns, mask=mask, other=0.0).to(ACC)
-    start = tl.load(sigma_from_ptr + row).to(ACC)
-    end = tl.load(sigma_to_ptr + row).to(ACC)
-    factor = 1 / ((1 - end) * tl.cast(scaling_factor, ACC))
-    if WRT == "velocity":
-        factor *= end - start
+    of_x_t, of_predicted, _ = _weights(
+        row, sigma_from_ptr, sigma_to_ptr, alpha_from_ptr, alpha_to_ptr, scaling_factor, PREDICTION, ACC
+    )
+    factor = of_predicted if WRT == "predicted" else of_x_t
     tl.store(out_ptr + base + columns, (gradient * factor).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def forward(
     x_t: Tensor,
     noise: Tensor,
-    velocity: Tensor,
+    predicted: Tensor,
     sigma_from: Tensor,
     sigma_to: Tensor,
+    alpha_from: Tensor | None,
+    alpha_to: Tensor | None,
+    prediction: str,
     batch: int,
     size: list[int],
     scaling_factor: float,
@@ -129,14 +168,18 @@ def forward(
     shared = noise.shape[0] == 1 and batch > 1
     stride = 0 if shared else x_t[0].numel() if x_t.shape[0] else 0
     source = dict(noise_ptr=noise, noise_stride=stride, seed=0, offset=0, PRIOR=False, SHARED=False)
-    return _launch(x_t, velocity, sigma_from, sigma_to, batch, size, scaling_factor, shift_factor, source)
+    levels = _named(sigma_from, sigma_to, alpha_from, alpha_to, prediction)
+    return _launch(x_t, predicted, batch, size, scaling_factor, shift_factor, levels | source)
 
 
 def forward_prior(
     x_t: Tensor,
-    velocity: Tensor,
+    predicted: Tensor,
     sigma_from: Tensor,
     sigma_to: Tensor,
+    alpha_from: Tensor | None,
+    alpha_to: Tensor | None,
+    prediction: str,
     batch: int,
     seed: int,
     offset: int,
@@ -146,11 +189,20 @@ def forward_prior(
     shift_factor: float,
 ) -> Tensor:
     source = dict(noise_ptr=x_t, noise_stride=0, seed=seed, offset=offset, PRIOR=True, SHARED=shared)
-    return _launch(x_t, velocity, sigma_from, sigma_to, batch, size, scaling_factor, shift_factor, source)
+    levels = _named(sigma_from, sigma_to, alpha_from, alpha_to, prediction)
+    return _launch(x_t, predicted, batch, size, scaling_factor, shift_factor, levels | source)
 
 
 def backward(
-    gradient: Tensor, sigma_from: Tensor, sigma_to: Tensor, size: list[int], scaling_factor: float, wrt: str
+    gradient: Tensor,
+    sigma_from: Tensor,
+    sigma_to: Tensor,
+    alpha_from: Tensor | None,
+    alpha_to: Tensor | None,
+    prediction: str,
+    size: list[int],
+    scaling_factor: float,
+    wrt: str,
 ) -> Tensor:
     rows = gradient.shape[0]
     channels = gradient.shape[1] if size else 1
@@ -161,33 +213,42 @@ def backward(
         block, warps = elementwise(count, gradient, multiple=4 * channels)
         with device_guard(gradient):
             recover_backward_kernel[(triton.cdiv(count, block), rows)](
-                gradient,
-                sigma_from,
-                sigma_to,
-                out,
-                count,
-                size[1] if size else 0,
-                scaling_factor,
+                gradient_ptr=gradient,
+                out_ptr=out,
+                count=count,
+                width=size[1] if size else 0,
+                scaling_factor=scaling_factor,
                 WRT=wrt,
                 UNPACK=bool(size),
                 CHANNELS=channels,
                 ACC=accumulator(gradient),
                 BLOCK=block,
                 num_warps=warps,
+                **_named(sigma_from, sigma_to, alpha_from, alpha_to, prediction),
             )
     return out
 
 
+def _named(
+    sigma_from: Tensor, sigma_to: Tensor, alpha_from: Tensor | None, alpha_to: Tensor | None, prediction: str
+) -> dict:
+    return dict(
+        sigma_from_ptr=sigma_from,
+        sigma_to_ptr=sigma_to,
+        alpha_from_ptr=alpha_from,
+        alpha_to_ptr=alpha_to,
+        PREDICTION=prediction,
+    )
+
+
 def _launch(
     x_t: Tensor,
-    velocity: Tensor,
-    sigma_from: Tensor,
-    sigma_to: Tensor,
+    predicted: Tensor,
     batch: int,
     size: list[int],
     scaling_factor: float,
     shift_factor: float,
-    source: dict,
+    source: dict,  # the kernel's arguments of levels and noise
 ) -> Tensor:
     rows = x_t.shape[0]
     channels = x_t.shape[2] // 4 if size else 1
@@ -199,9 +260,7 @@ def _launch(
         with device_guard(x_t):
             recover_kernel[(triton.cdiv(count, block), rows)](
                 x_t_ptr=x_t,
-                velocity_ptr=velocity,
-                sigma_from_ptr=sigma_from,
-                sigma_to_ptr=sigma_to,
+                predicted_ptr=predicted,
                 out_ptr=out,
                 count=count,
                 batch=batch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -35,15 +36,15 @@ def check_row_size(op: str, name: str, tensor: Tensor) -> None:
         raise ValueError(f"{op}: {name} must have fewer than 2**31 elements an image, got {elements}")
 
 
-def branch_sigma(op: str, name: str, sigma: float | Tensor, like: Tensor) -> Tensor:
-    """Noise levels as [B, K] on the device of `like` [B, ...], in the dtype it is computed in.
+def branch_sigma(op: str, name: str, sigma: float | Tensor, like: Tensor, *, bounded: bool = True) -> Tensor:
+    """Noise (or signal) levels as [B, K] on the device of `like` [B, ...], in the dtype it is computed in.
 
-    `sigma` is a float, [B] or [B, K].
+    `sigma` is a float, [B] or [B, K]; a float lies in [0, 1] when `bounded`, else in [0, inf).
     """
     batch, dtype = like.shape[0], torch.promote_types(like.dtype, torch.float32)
     if not isinstance(sigma, Tensor):
-        if not 0.0 <= sigma <= 1.0:  # false for NaN too
-            raise ValueError(f"{op}: {name} must lie in [0, 1], got {sigma}")
+        if not 0.0 <= sigma <= (1.0 if bounded else sys.float_info.max):  # false for NaN too
+            raise ValueError(f"{op}: {name} must lie in {'[0, 1]' if bounded else '[0, inf)'}, got {sigma}")
         return torch.full((batch, 1), float(sigma), dtype=dtype, device=like.device)
     if sigma.ndim not in (1, 2) or sigma.shape[0] != batch:
         raise ValueError(f"{op}: {name} must be a float, [{batch}] or [{batch}, K], got {list(sigma.shape)}")
@@ -51,14 +52,14 @@ def branch_sigma(op: str, name: str, sigma: float | Tensor, like: Tensor) -> Ten
     return (levels if sigma.ndim == 2 else levels[:, None]).contiguous()
 
 
-def row_sigma(op: str, name: str, sigma: float | Tensor, like: Tensor) -> tuple[Tensor, int]:
-    """Noise levels one per row of `like` [K*B, ...] (branch-major), as [K*B], and the number of branches K.
+def row_sigma(op: str, name: str, sigma: float | Tensor, like: Tensor, *, bounded: bool = True) -> tuple[Tensor, int]:
+    """Noise (or signal) levels one per row of `like` [K*B, ...] (branch-major), as [K*B], and the number of branches K.
 
     `sigma` is a float, [K*B] (K counts as 1), or [B, K].
     """
     rows, dtype = like.shape[0], torch.promote_types(like.dtype, torch.float32)
     if not isinstance(sigma, Tensor):
-        return branch_sigma(op, name, sigma, like).flatten(), 1
+        return branch_sigma(op, name, sigma, like, bounded=bounded).flatten(), 1
     if sigma.ndim not in (1, 2) or sigma.numel() != rows:
         wanted = f"a float, [{rows}] or [B, K] with B*K = {rows}"
         raise ValueError(f"{op}: {name} must be {wanted}, got {list(sigma.shape)}")

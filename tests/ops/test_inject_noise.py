@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from torch import Tensor
 
 import srpo_kernels as sk
@@ -26,9 +27,14 @@ def tensors(batch: int, count: int, branches: int, dtype: torch.dtype, device: s
     return {name: tensor.to(device) for name, tensor in made.items()}
 
 
-def composed(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+def composed(x0: Tensor, noise: Tensor, sigma: Tensor, alpha: Tensor | None = None) -> Tensor:
     """The formula, through the reference, in the public shape."""
-    return inject_noise_reference(x0, noise, sigma).flatten(0, 1)
+    return inject_noise_reference(x0, noise, sigma, alpha).flatten(0, 1)
+
+
+def variance_preserving(inputs: dict) -> dict:
+    """The same with an alpha for every sigma."""
+    return {**inputs, "alpha": (1 - inputs["sigma"].double().square()).sqrt().float()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -49,6 +55,62 @@ def test_prior_is_the_stored_noise(dtype: torch.dtype, shared: bool, device: str
     check_against_reference(
         partial(sk.inject_noise, noise=prior), partial(composed, noise=noise), inputs, differentiable=("x0",)
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shared", [False, True])
+def test_any_schedule_within_budget(dtype: torch.dtype, shared: bool, device: str) -> None:
+    inputs = variance_preserving(tensors(3, 129, 2, dtype, device, shared=shared))
+    check_against_reference(sk.inject_noise, composed, inputs, differentiable=("x0", "noise"))
+    prior = sk.NoisePrior(7, 11, shared)
+    noise = prior.sample((3, 129), device=device)
+    del inputs["noise"]
+    check_against_reference(
+        partial(sk.inject_noise, noise=prior), partial(composed, noise=noise), inputs, differentiable=("x0",)
+    )
+
+
+def test_adds_noise_as_ddpm_does(device: str) -> None:
+    """Both are the same two products and a sum in float64, of levels rounded once by diffusers."""
+    ddpm = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    x0, noise = torch.randn(2, 4, 4, 8, 8, device=device, dtype=torch.float64)
+    timesteps = torch.tensor([0, 17, 500, 999], device=device)
+    signal = ddpm.alphas_cumprod.to(device, torch.float64)[timesteps]
+    made = sk.inject_noise(x0, noise, (1 - signal).sqrt(), alpha=signal.sqrt())
+    assert torch.equal(made, ddpm.add_noise(x0, noise, timesteps))
+
+
+def test_alpha_and_sigma_take_each_others_branches(device: str) -> None:
+    x0, noise = torch.randn(2, 3, 8, device=device)
+    sigma = torch.rand(3, 2, device=device)
+    for alpha in (0.25, torch.full((3,), 0.25, device=device)):
+        made = sk.inject_noise(x0, noise, sigma, alpha=alpha)
+        assert torch.equal(made, sk.inject_noise(x0, noise, sigma, alpha=torch.full_like(sigma, 0.25)))
+    assert torch.equal(
+        sk.inject_noise(x0, noise, 0.25, alpha=1 - sigma)[:3],
+        sk.inject_noise(x0, noise, torch.full_like(sigma[:, 0], 0.25), alpha=1 - sigma[:, 0]),
+    )
+    assert torch.equal(sk.inject_noise(x0, noise, sigma, alpha=1 - sigma), sk.inject_noise(x0, noise, sigma))
+
+
+def test_refuses_levels_that_do_not_fit(device: str) -> None:
+    x0 = torch.zeros(2, 3, device=device)
+    for problem, levels in (
+        ("alpha must lie in \\[0, 1\\], got 1.5", dict(sigma=0.5, alpha=1.5)),
+        ("sigma must lie in \\[0, 1\\], got 14.6", dict(sigma=14.6)),
+        ("sigma must lie in \\[0, inf\\), got inf", dict(sigma=float("inf"), alpha=1.0)),
+        (
+            "alpha must be a float, \\[2\\] or \\[2, K\\], got \\[3\\]",
+            dict(sigma=0.5, alpha=torch.ones(3, device=device)),
+        ),
+        (
+            "alpha has 3 branches, but sigma 2",
+            dict(sigma=torch.ones(2, 2, device=device), alpha=torch.ones(2, 3, device=device)),
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"inject_noise: {problem}"):
+            sk.inject_noise(x0, x0, **levels)
+    assert torch.equal(sk.inject_noise(x0, torch.ones_like(x0), 14.5, alpha=1.0), torch.full_like(x0, 14.5))
 
 
 def test_prior_does_not_depend_on_the_batch_or_the_blocks(device: str) -> None:
@@ -77,8 +139,9 @@ def test_backward_is_deterministic(device: str) -> None:
 
 def test_opcheck(device: str) -> None:
     x0, noise, sigma = tensors(2, 33, 2, torch.float32, device).values()
-    torch.library.opcheck(_forward, (x0, noise, sigma))
-    torch.library.opcheck(_forward_prior, (x0, sigma, 3, 4, False))
+    for alpha in (None, sigma.clone()):
+        torch.library.opcheck(_forward, (x0, noise, sigma, alpha))
+        torch.library.opcheck(_forward_prior, (x0, sigma, alpha, 3, 4, False))
     torch.library.opcheck(_branch_sum, (torch.randn(2, 2, 33, device=device), sigma))
 
 
@@ -106,7 +169,8 @@ def test_gradcheck(device: str) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("kind", "block"), [("*bf16", 2048), ("*fp32", 1024)])
 @pytest.mark.parametrize("prior", [False, True])
-def test_forward_resources(architecture: int, kind: str, block: int, prior: bool) -> None:
+@pytest.mark.parametrize("alpha", [None, "*fp32"])
+def test_forward_resources(architecture: int, kind: str, block: int, prior: bool, alpha: str | None) -> None:
     import triton.language as tl
 
     from srpo_kernels._triton.inject_noise import inject_noise_kernel
@@ -115,6 +179,7 @@ def test_forward_resources(architecture: int, kind: str, block: int, prior: bool
         x0_ptr=kind,
         noise_ptr=kind,
         sigma_ptr="*fp32",
+        alpha_ptr=alpha,
         out_ptr=kind,
         count="i32",
         noise_stride="i32",

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 import srpo_kernels as sk
@@ -51,6 +52,115 @@ def composed(
         rows.append((x_t[row] + (end - start) * velocity[row] - end * injected) / (1 - end))
     x0_hat = torch.stack(rows) if rows else x_t
     return (unpack(x0_hat, *size) if size else x0_hat) / scaling_factor + shift_factor
+
+
+def variance_preserving(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with an alpha for every sigma."""
+    return {
+        **inputs,
+        **{f"alpha_{end}": (1 - inputs[f"sigma_{end}"].double().square()).sqrt().float() for end in ("from", "to")},
+    }
+
+
+def stepped(
+    x_t: Tensor,
+    noise: Tensor,
+    velocity: Tensor,
+    sigma_from: Tensor,
+    sigma_to: Tensor,
+    alpha_from: Tensor,
+    alpha_to: Tensor,
+    prediction: str,
+    size: tuple[int, int] | None = None,
+    scaling_factor: float = 1.0,
+    shift_factor: float = 0.0,
+) -> Tensor:
+    """DDIM's step as it is published, row by row, and the known noise taken off what it leads to."""
+    batch, branches = sigma_from.shape
+    rows = []
+    for row in range(batch * branches):
+        at = row % batch, row // batch
+        start, end, first, last = sigma_from[at], sigma_to[at], alpha_from[at], alpha_to[at]
+        injected = noise[row % batch if len(noise) > 1 else 0]
+        if prediction == "epsilon":
+            epsilon = velocity[row]
+            clean = (x_t[row] - start * epsilon) / first
+        else:
+            epsilon = first * velocity[row] + start * x_t[row]
+            clean = first * x_t[row] - start * velocity[row]
+        rows.append((last * clean + end * epsilon - end * injected) / last)
+    x0_hat = torch.stack(rows)
+    return (unpack(x0_hat, *size) if size else x0_hat) / scaling_factor + shift_factor
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("size", [None, (8, 6)], ids=str)
+def test_other_predictions_within_budget(
+    prediction: str, size: tuple[int, int] | None, shared: bool, dtype: torch.dtype, device: str
+) -> None:
+    inputs = variance_preserving(tensors(2, (12, 16), 2, dtype, device, shared=shared))
+    fused = partial(sk.recover, prediction=prediction, unpack=size, **VAE)
+    plain = partial(stepped, prediction=prediction, size=size, **VAE)
+    check_against_reference(fused, plain, inputs, differentiable=("x_t", "noise", "velocity"))
+    prior = sk.NoisePrior(11, 3, shared)
+    noise = prior.sample((2, 12, 16), device=device)
+    del inputs["noise"]
+    check_against_reference(
+        partial(fused, noise=prior), partial(plain, noise=noise), inputs, differentiable=("x_t", "velocity")
+    )
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_steps_as_ddim_does(prediction: str, device: str) -> None:
+    """In float64, to and fro; fp32 is what diffusers stores its levels in, and both take them as they are."""
+    ddim = DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, prediction_type=prediction
+    )
+    ddim.alphas_cumprod = ddim.alphas_cumprod.double()
+    ddim.set_timesteps(10)
+    x0, noise, predicted = torch.randn(3, 2, 4, 8, 8, device=device, dtype=torch.float64)
+    for timestep in (900, 500, 100):
+        signals = [ddim.alphas_cumprod[each].to(device).expand(2) for each in (timestep, timestep - 100)]
+        (alpha_from, alpha_to), (sigma_from, sigma_to) = [s.sqrt() for s in signals], [(1 - s).sqrt() for s in signals]
+        x_t = ddim.add_noise(x0, noise, torch.tensor([timestep] * 2))
+        prev = ddim.step(predicted, timestep, x_t).prev_sample
+        expected = (prev - sigma_to[0] * noise) / alpha_to[0]
+        recovered = partial(sk.recover, x_t, noise, prediction=prediction)
+        levels = dict(sigma_from=sigma_from, sigma_to=sigma_to, alpha_from=alpha_from, alpha_to=alpha_to)
+        torch.testing.assert_close(recovered(predicted, **levels), expected, rtol=1e-12, atol=1e-12)
+        truth = noise if prediction == "epsilon" else alpha_from[0] * noise - sigma_from[0] * x0
+        torch.testing.assert_close(recovered(truth, **levels), x0, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_gradcheck_of_other_predictions(prediction: str, device: str) -> None:
+    named = variance_preserving(tensors(1, (2, 8), 2, torch.float32, device))
+    inputs = {name: tensor.double() for name, tensor in named.items()}
+    given = [inputs.pop(name).requires_grad_() for name in ("x_t", "noise", "velocity")]
+    run = partial(sk.recover, **inputs, prediction=prediction, unpack=(2, 4), **VAE)
+    assert torch.autograd.gradcheck(run, given)
+
+
+def test_refuses_levels_that_do_not_fit(device: str) -> None:
+    x = torch.zeros(2, 3, device=device)
+    for problem, arguments in (
+        ("prediction must be one of .*, got 'sample'", dict(prediction="sample")),
+        ("alpha_from must be None, as the alpha of a velocity is 1 - sigma", dict(alpha_from=0.5)),
+        ("alpha_to must be given with prediction='epsilon'", dict(prediction="epsilon", alpha_from=0.5)),
+        (
+            "alpha_to must be above 0 .*, got 0.0",
+            dict(prediction="v_prediction", alpha_from=0.0, alpha_to=0.0),
+        ),
+        ("alpha_from must be above 0 .*, got 0.0", dict(prediction="epsilon", alpha_from=0.0, alpha_to=0.5)),
+        (
+            "alpha_to must be a float, .*, got \\[3\\]",
+            dict(prediction="epsilon", alpha_from=0.5, alpha_to=torch.ones(3, device=device)),
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"recover: {problem}"):
+            sk.recover(x, x, x, 0.5, 0.4, **arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -134,13 +244,14 @@ def test_backward_is_deterministic(device: str) -> None:
 
 @pytest.mark.parametrize("size", [[], [4, 4]], ids=str)
 def test_opcheck(size: list[int], device: str) -> None:
-    x_t, noise, velocity, start, end = tensors(2, (4, 8), 2, torch.float32, device).values()
-    start, end = start.T.reshape(-1), end.T.reshape(-1)
-    torch.library.opcheck(_forward, (x_t, noise, velocity, start, end, 2, size, 0.5, 0.1))
-    torch.library.opcheck(_forward_prior, (x_t, velocity, start, end, 2, 3, 4, False, size, 0.5, 0.1))
-    gradient = recover_reference(x_t, noise, velocity, start, end, 2, size, 0.5, 0.1)
-    for wrt in ("x_t", "velocity"):
-        torch.library.opcheck(_backward, (gradient, start, end, size, 0.5, wrt))
+    x_t, noise, velocity, *rows = variance_preserving(tensors(2, (4, 8), 2, torch.float32, device)).values()
+    start, end, first, last = (row.T.reshape(-1) for row in rows)
+    for levels in ((start, end, None, None, "velocity"), (start, end, first, last, "epsilon")):
+        torch.library.opcheck(_forward, (x_t, noise, velocity, *levels, 2, size, 0.5, 0.1))
+        torch.library.opcheck(_forward_prior, (x_t, velocity, *levels, 2, 3, 4, False, size, 0.5, 0.1))
+        gradient = recover_reference(x_t, noise, velocity, *levels, 2, size, 0.5, 0.1)
+        for wrt in ("x_t", "predicted"):
+            torch.library.opcheck(_backward, (gradient, *levels, size, 0.5, wrt))
 
 
 @pytest.mark.parametrize("size", [None, (4, 4)], ids=str)
@@ -166,8 +277,12 @@ def test_gradcheck(size: tuple[int, int] | None, device: str) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("kind", "block"), [("*bf16", 2048), ("*fp32", 1024)])
 @pytest.mark.parametrize("unpack", [False, True])
-@pytest.mark.parametrize("prior", [False, True])
-def test_forward_resources(architecture: int, kind: str, block: int, unpack: bool, prior: bool) -> None:
+@pytest.mark.parametrize(
+    ("prior", "prediction"), [(False, "velocity"), (True, "velocity"), (False, "epsilon"), (False, "v_prediction")]
+)
+def test_forward_resources(
+    architecture: int, kind: str, block: int, unpack: bool, prior: bool, prediction: str
+) -> None:
     import triton.language as tl
 
     from srpo_kernels._triton.recover import recover_kernel
@@ -175,9 +290,11 @@ def test_forward_resources(architecture: int, kind: str, block: int, unpack: boo
     arguments = dict(
         x_t_ptr=kind,
         noise_ptr=kind,
-        velocity_ptr=kind,
+        predicted_ptr=kind,
         sigma_from_ptr="*fp32",
         sigma_to_ptr="*fp32",
+        alpha_from_ptr=None if prediction == "velocity" else "*fp32",
+        alpha_to_ptr=None if prediction == "velocity" else "*fp32",
         out_ptr=kind,
         count="i32",
         batch="i32",
@@ -187,6 +304,7 @@ def test_forward_resources(architecture: int, kind: str, block: int, unpack: boo
         width="i32",
         scaling_factor="fp32",
         shift_factor="fp32",
+        PREDICTION=prediction,
         PRIOR=prior,
         SHARED=False,
         UNPACK=unpack,
@@ -203,8 +321,8 @@ def test_forward_resources(architecture: int, kind: str, block: int, unpack: boo
 @pytest.mark.compile_only
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("kind", "block"), [("*bf16", 2048), ("*fp32", 1024)])
-@pytest.mark.parametrize("unpack", [False, True])
-def test_backward_resources(architecture: int, kind: str, block: int, unpack: bool) -> None:
+@pytest.mark.parametrize(("unpack", "prediction"), [(False, "velocity"), (True, "velocity"), (True, "epsilon")])
+def test_backward_resources(architecture: int, kind: str, block: int, unpack: bool, prediction: str) -> None:
     import triton.language as tl
 
     from srpo_kernels._triton.recover import recover_backward_kernel
@@ -213,11 +331,14 @@ def test_backward_resources(architecture: int, kind: str, block: int, unpack: bo
         gradient_ptr=kind,
         sigma_from_ptr="*fp32",
         sigma_to_ptr="*fp32",
+        alpha_from_ptr=None if prediction == "velocity" else "*fp32",
+        alpha_to_ptr=None if prediction == "velocity" else "*fp32",
         out_ptr=kind,
         count="i32",
         width="i32",
         scaling_factor="fp32",
-        WRT="velocity",
+        WRT="predicted",
+        PREDICTION=prediction,
         UNPACK=unpack,
         CHANNELS=16,
         ACC=tl.float32,
