@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +52,19 @@ def extensions() -> dict[str, Any]:
         for name in ("SRPO_BUILD_CPP", "SRPO_BUILD_CUDA"):
             wanted(name, "torch in the building environment (--no-build-isolation)")
         return {}
-    compiler = shutil.which(os.environ.get("CXX", "c++").split()[0])
+    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    compiler = headers and shutil.which(os.environ.get("CXX", "c++").split()[0])
     depends = [str(path) for path in SOURCES.rglob("*.*")]
     shared: dict[str, Any] = dict(py_limited_api=True, depends=depends, extra_link_args=["-s"])
     found = []
-    if wanted("SRPO_BUILD_CPP", "" if compiler else "a C++ compiler"):
-        sources = ["csrc/ops_cpu.cpp", "csrc/cpu/adamw.cpp"]
+    if wanted("SRPO_BUILD_CPP", "" if compiler else "a C++ compiler and Python's headers"):
+        sources = ["csrc/python.cpp", "csrc/ops_cpu.cpp", "csrc/cpu/adamw.cpp"]
         found.append(CppExtension("srpo_kernels._C", sources, extra_compile_args={"cxx": CPP}, **shared))
     nvcc = CUDA_HOME is not None and shutil.which("nvcc", path=f"{CUDA_HOME}/bin")
     possible = compiler and nvcc and torch.version.cuda is not None
     if wanted("SRPO_BUILD_CUDA", "" if possible else "nvcc and a CUDA build of torch"):
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0a;10.0a")  # never ask the local GPU
-        sources = ["csrc/ops_cuda.cu", "csrc/cuda/adamw.cu"]
+        sources = ["csrc/python.cpp", "csrc/ops_cuda.cu", "csrc/cuda/adamw.cu"]
         flags = {"cxx": CPP, "nvcc": NVCC}
         found.append(CUDAExtension("srpo_kernels._C_cuda", sources, extra_compile_args=flags, **shared))
     return {

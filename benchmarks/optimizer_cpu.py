@@ -1,6 +1,7 @@
 """Optimizer steps on the CPU: ns per parameter of the C++ kernels and of `torch.optim.AdamW(fused=True)`, in one run.
 
-With --host instead what a step of FLUX.1-dev's 1160 tensors costs the host: ms of a step of as many of one element.
+With --host instead what a step of FLUX.1-dev's 1160 tensors costs the host: ms of a step of as many of one element, or
+of none.
 
     python -m benchmarks.optimizer_cpu [millions of parameters] [--host] [--json PATH]
 
@@ -94,35 +95,44 @@ def measured(rows: int, threads: int) -> list[dict[str, Any]]:
     return found
 
 
-def host_cases() -> dict[str, Callable[[], object]]:
-    """Steps of tensors of one element, and what the operators, with their arithmetic, take of ours."""
-    ours, torchs = ([torch.ones(1, dtype=dtype).requires_grad_() for _ in range(TENSORS)] for dtype in _DTYPES)
+def host_steps(elements: int) -> tuple[AdamW, Callable[[], object]]:
+    """Our optimizer of tensors with gradients, its step prepared, and torch's clipping and step of as many in fp32."""
+    ours, torchs = ([torch.ones(elements, dtype=dtype).requires_grad_() for _ in range(TENSORS)] for dtype in _DTYPES)
     optimizer = AdamW(ours, lr=5e-6, max_grad_norm=0.1)
     fused = torch.optim.AdamW(torchs, lr=5e-6, fused=True)
     for parameter in (*ours, *torchs):
         parameter.grad = torch.ones_like(parameter)
-    gradients = [parameter.grad for parameter in ours]
     optimizer.step()
-    prepared = optimizer._prepared
-    assert prepared is not None
-    begun = prepared._begin(optimizer, gradients)
-
-    def anew() -> None:
-        optimizer._prepared = None
-        optimizer.step()
 
     def clipped() -> None:
         torch.nn.utils.clip_grad_norm_(torchs, 0.1)
         fused.step()
 
+    return optimizer, clipped
+
+
+def host_cases() -> dict[str, Callable[[], object]]:
+    """Steps of tensors of one element and of none, and what the former consist of."""
+    (optimizer, clipped), (empty, _) = host_steps(1), host_steps(0)
+    prepared, parameters = optimizer._prepared, optimizer.param_groups[0]["params"]
+    assert prepared is not None
+    module, state = prepared._module, vars(optimizer)["state"]  # unasked, or the next step is prepared anew
+    begun = prepared._begin(optimizer)
+
+    def anew() -> None:
+        optimizer._prepared = None
+        optimizer.step()
+
     return {
         "torch clipping and fused step, fp32": clipped,
         "step, prepared anew": anew,
         "step": optimizer.step,
-        "of it: is all where it was": lambda: prepared.fits(optimizer),
-        "of it: gradients read": lambda: [parameter.grad for parameter in ours],
-        "of it: adamw_begin": lambda: prepared._begin(optimizer, gradients),
-        "of it: adamw_advance": lambda: torch.ops.srpo.adamw_advance(prepared._plan, begun, 0, TENSORS, 0, 0.0, 1),
+        "step of tensors without elements": empty.step,
+        "of a step: are states the same objects": lambda: module.same(prepared._objects, list(parameters), state),
+        "of a step: parameters, gradients": lambda: module.locate(prepared._stepped, prepared._plan),
+        "of a step: adamw_begin": lambda: prepared._begin(optimizer),
+        "of a step: adamw_advance": lambda: torch.ops.srpo.adamw_advance(prepared._plan, begun, 0, TENSORS, 0, 0.0, 1),
+        "of a step: version counters": lambda: torch.autograd.graph.increment_version(parameters),
     }
 
 
@@ -131,7 +141,7 @@ def measured_host() -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     other = torch.zeros(EVICTED // 4)
     found = []
-    print(f"host, {TENSORS} tensors of one element")
+    print(f"host, {TENSORS} tensors")
     for name, call in host_cases().items():
         times: dict[bool, list[float]] = {False: [], True: []}
         for cold in times:
@@ -143,7 +153,7 @@ def measured_host() -> list[dict[str, Any]]:
                 times[cold].append((time.process_time() - begin) * 1e3)
         warm, cold_ms = (min(values) for values in times.values())
         found.append({"case": name, "tensors": TENSORS, "ms": warm, "cold_ms": cold_ms})
-        print(f"  {name:36} {warm:6.3f} ms, {cold_ms:6.3f} ms with cold caches")
+        print(f"  {name:40} {warm:6.3f} ms, {cold_ms:6.3f} ms with cold caches")
     return found
 
 

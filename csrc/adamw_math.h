@@ -107,7 +107,7 @@ HD F square_root(F x) {
 // `base` to the power `exponent` < 2^24, by squaring: no library's pow, whose bits differ.
 HD double power_of(double base, int64_t exponent) {
   double power = 1, square = base;
-  for (int bit = 0; bit < 24; ++bit) {
+  for (int bit = 0; exponent >> bit; ++bit) {
     power = exponent >> bit & 1 ? power * square : power;
     square *= square;
   }

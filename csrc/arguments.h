@@ -7,6 +7,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -181,26 +183,37 @@ inline Planned* planned_at(const Tensor& plan, int64_t first, int64_t count) {
   return static_cast<Planned*>(plan.mutable_data_ptr()) + first;
 }
 
-inline std::vector<Item> items_of(const Planned* begin, int64_t count) {
-  std::vector<Item> items;
-  items.reserve(size_t(count));
-  for (int64_t i = 0; i < count; ++i) items.push_back(begin[i].item);
-  return items;
+inline Plan plan_of(const Planned* begin, int64_t count) {
+  Plan plan;
+  for (int64_t i = 0; i < count; ++i) plan.add(begin[i].item);
+  return plan;
 }
 
-// Notes in a plan where the gradients are. False if they are not like those that it was made for.
-inline bool locate(const Tensors& gradients, Planned* plan) {
-  const auto device = gradients[0].device();
-  for (size_t i = 0; i < gradients.size(); ++i) {
-    const Tensor& gradient = gradients[i];
-    Item& item = plan[i].item;
-    const Shard shard = shard_of(gradient, item.shard.start);
-    if (shard.rows != item.shard.rows || shard.columns != item.shard.columns || !gradient.is_contiguous() ||
-        gradient_type(gradient) != item.gradient || gradient.device() != device)
-      return false;
-    item.pointer[kGradient] = const_cast<void*>(gradient.const_data_ptr());
-  }
-  return true;
+// Tensors, kept so that nothing else gets their memory, and where they are.
+struct Watched {
+  Tensors tensors;
+  std::vector<const void*> addresses;
+};
+
+// What adamw_watch returns is such an object.
+inline Tensor adamw_watch(Tensors tensors) {
+  auto watched = std::make_unique<Watched>(Watched{std::move(tensors), {}});
+  for (const Tensor& tensor : watched->tensors) watched->addresses.push_back(tensor.const_data_ptr());
+  const torch::stable::Device host(torch::headeronly::DeviceType::CPU);
+  const int64_t size = sizeof(Watched), stride = 1;
+  const auto let_go = [](void* object) { delete static_cast<Watched*>(object); };
+  Tensor result =
+      torch::stable::from_blob(watched.get(), {&size, 1}, {&stride, 1}, host, ScalarType::Byte, let_go);
+  watched.release();
+  return result;
+}
+
+inline bool in_place(const Tensor& object) {
+  const bool fits = object.scalar_type() == ScalarType::Byte && object.numel() == sizeof(Watched);
+  STD_TORCH_CHECK(fits && object.is_cpu(), "adamw: watched is not what adamw_watch returns");
+  const auto* const watched = static_cast<const Watched*>(object.const_data_ptr());
+  const auto is_at = [](const Tensor& tensor, const void* address) { return tensor.const_data_ptr() == address; };
+  return std::equal(watched->tensors.begin(), watched->tensors.end(), watched->addresses.begin(), is_at);
 }
 
 // The options of every group: `lr`, which is read now if it is here, and four of `numbers`.

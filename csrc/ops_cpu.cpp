@@ -47,10 +47,10 @@ Tensor adamw_step(Tensors weights, Tensors remainders, Tensors first, Tensors fi
                   int64_t ema_every, std::string weights_name, std::string moments_name) {
   const Weights weights_as = weights_mode(weights_name);
   const Moments moments_as = moments_mode(moments_name);
-  const Plan plan(step_items(weights, remainders, first, first_scales, second, second_scales, averages, gradients,
-                             starts, weights_as, moments_as));
+  const std::vector<Item> items = step_items(weights, remainders, first, first_scales, second, second_scales, averages,
+                                             gradients, starts, weights_as, moments_as);
   const Numbers numbers = numbers_of(gradients, scalars, steps, coefficient, finite);
-  return stepped(plan, numbers, weights_as, moments_as, seed, ema_decay, ema_every, gradients[0]);
+  return stepped(Plan(items), numbers, weights_as, moments_as, seed, ema_decay, ema_every, gradients[0]);
 }
 
 Tensor squares(const Plan& plan, const Tensor& like) {
@@ -58,16 +58,19 @@ Tensor squares(const Plan& plan, const Tensor& like) {
                 [&](int64_t begin, int64_t end, uint64_t* sums) { square_units(plan, begin, end, sums); });
 }
 
-Tensor sums_of_squares(Tensors gradients) { return squares(Plan(items_of(gradients, {}, {})), gradients[0]); }
+Tensor sums_of_squares(Tensors gradients) {
+  const std::vector<Item> items = items_of(gradients, {}, {});
+  return squares(Plan(items), gradients[0]);
+}
 
-Tensor adamw_begin(Tensors gradients, Tensor plan, Tensors lr, std::vector<double> numbers, double max_norm) {
-  const int64_t count = int64_t(gradients.size());
+Tensor adamw_begin(Tensor like, Tensor plan, Tensor watched, Tensors lr, std::vector<double> numbers, double max_norm) {
+  const int64_t count = plan.size(0);
   Planned* const begin = planned_at(plan, 0, count);
   const std::vector<Options> options = options_of(lr, numbers);
   const std::vector<Taken> taken = taken_of(begin, count, options.size());
-  if (!locate(gradients, begin)) return integers(gradients[0], 0);
-  const Tensor sums = squares(Plan(items_of(begin, count)), gradients[0]);
-  Tensor result = integers(gradients[0], begun_words(count));
+  if (!in_place(watched)) return integers(like, 0);
+  const Tensor sums = squares(plan_of(begin, count), like);
+  Tensor result = integers(like, begun_words(count));
   uint64_t* begun = static_cast<uint64_t*>(result.mutable_data_ptr());
   std::memcpy(begun, sums.const_data_ptr(), kNormSums * sizeof *begun);
   finish_norm(begun, max_norm);
@@ -80,7 +83,7 @@ Tensor adamw_advance(Tensor plan, Tensor begun, int64_t first, int64_t count, in
                      int64_t ema_every) {
   const Planned* begin = planned_at(plan, first, count);
   const Numbers numbers = numbers_at(begun, first, plan.size(0));
-  return stepped(Plan(items_of(begin, count)), numbers, begin->weights, begin->moments, seed, ema_decay, ema_every,
+  return stepped(plan_of(begin, count), numbers, begin->weights, begin->moments, seed, ema_decay, ema_every,
                  begun);
 }
 
@@ -101,6 +104,7 @@ STABLE_TORCH_LIBRARY_IMPL(srpo, CPU, m) {
   m.impl("adamw_step", TORCH_BOX(&srpo::adamw_step));
   m.impl("sums_of_squares", TORCH_BOX(&srpo::sums_of_squares));
   m.impl("adamw_plan", TORCH_BOX(&srpo::adamw_plan));
+  m.impl("adamw_watch", TORCH_BOX(&srpo::adamw_watch));
   m.impl("adamw_begin", TORCH_BOX(&srpo::adamw_begin));
   m.impl("adamw_advance", TORCH_BOX(&srpo::adamw_advance));
   m.impl("adamw_scalars", TORCH_BOX(&srpo::adamw_scalars));

@@ -89,14 +89,15 @@ Tensor adamw_step(Tensors weights, Tensors remainders, Tensors first, Tensors fi
                   int64_t ema_every, std::string weights_name, std::string moments_name) {
   const Weights weights_as = weights_mode(weights_name);
   const Moments moments_as = moments_mode(moments_name);
-  Plan plan(step_items(weights, remainders, first, first_scales, second, second_scales, averages, gradients, starts,
-                       weights_as, moments_as));
+  const std::vector<Item> items = step_items(weights, remainders, first, first_scales, second, second_scales, averages,
+                                             gradients, starts, weights_as, moments_as);
   const Numbers numbers = numbers_of(gradients, scalars, steps, coefficient, finite);
-  return stepped(std::move(plan), numbers, weights_as, moments_as, seed, ema_decay, ema_every, gradients[0]);
+  return stepped(Plan(items), numbers, weights_as, moments_as, seed, ema_decay, ema_every, gradients[0]);
 }
 
 Tensor sums_of_squares(Tensors gradients) {
-  Plan plan(items_of(gradients, {}, {}));
+  const std::vector<Item> items = items_of(gradients, {}, {});
+  Plan plan(items);
   const Place place(gradients[0]);
   Tensor result = cleared(gradients[0], kNormSums, kNormSums, place.stream);
   Launches launches(plan, true);
@@ -120,20 +121,20 @@ size_t append(std::vector<uint64_t>& words, const std::vector<T>& list) {
   return at;
 }
 
-Tensor adamw_begin(Tensors gradients, Tensor plan, Tensors lr, std::vector<double> numbers, double max_norm) {
-  const int64_t count = int64_t(gradients.size());
+Tensor adamw_begin(Tensor like, Tensor plan, Tensor watched, Tensors lr, std::vector<double> numbers, double max_norm) {
+  const int64_t count = plan.size(0);
   Planned* const begin = planned_at(plan, 0, count);
   const std::vector<Options> every = options_of(lr, numbers);
   const std::vector<Taken> all = taken_of(begin, count, every.size());
-  if (!locate(gradients, begin)) return torch::stable::new_empty(gradients[0], {0}, ScalarType::Long);
-  const Place place(gradients[0]);
-  Plan matrices(items_of(begin, count));
+  if (!in_place(watched)) return torch::stable::new_empty(like, {0}, ScalarType::Long);
+  const Place place(like);
+  Plan matrices = plan_of(begin, count);
   Launches launches(matrices, true);
   if (launches.tables.empty()) launches.tables.emplace_back();
   const size_t taken = append(launches.words, all), options = append(launches.words, every);
-  const Tensor uploads = uploaded(launches.words, gradients[0], place.stream);
+  const Tensor uploads = uploaded(launches.words, like, place.stream);
   const uint64_t* words = static_cast<const uint64_t*>(uploads.const_data_ptr());
-  Tensor result = cleared(gradients[0], begun_words(count), kNumbers, place.stream);
+  Tensor result = cleared(like, begun_words(count), kNumbers, place.stream);
   const Begin last{reinterpret_cast<const Taken*>(words + taken), reinterpret_cast<const Options*>(words + options),
                    count, max_norm};
   for (Table& table : launches.tables) {
@@ -149,7 +150,7 @@ Tensor adamw_advance(Tensor plan, Tensor begun, int64_t first, int64_t count, in
                      int64_t ema_every) {
   const Planned* begin = planned_at(plan, first, count);
   const Numbers numbers = numbers_at(begun, first, plan.size(0));
-  return stepped(Plan(items_of(begin, count)), numbers, begin->weights, begin->moments, seed, ema_decay, ema_every,
+  return stepped(plan_of(begin, count), numbers, begin->weights, begin->moments, seed, ema_decay, ema_every,
                  begun);
 }
 
@@ -172,6 +173,7 @@ STABLE_TORCH_LIBRARY_IMPL(srpo, CUDA, m) {
   m.impl("adamw_step", TORCH_BOX(&srpo::adamw_step));
   m.impl("sums_of_squares", TORCH_BOX(&srpo::sums_of_squares));
   m.impl("adamw_plan", TORCH_BOX(&srpo::adamw_plan));
+  m.impl("adamw_watch", TORCH_BOX(&srpo::adamw_watch));
   m.impl("adamw_begin", TORCH_BOX(&srpo::adamw_begin));
   m.impl("adamw_advance", TORCH_BOX(&srpo::adamw_advance));
   m.impl("adamw_scalars", TORCH_BOX(&srpo::adamw_scalars));

@@ -55,14 +55,20 @@ struct Item {
   void* pointer[kSlots];
 };
 
+// What a norm or a step goes through; the items stay their owner's.
 struct Plan {
-  std::vector<Item> items;
-  std::vector<int64_t> first_unit;  // of each item, and the number of all units
+  std::vector<const Item*> items;
+  std::vector<int64_t> first_unit{0};  // of each item, and the number of all units
 
-  explicit Plan(std::vector<Item> list) : items(std::move(list)), first_unit(1, 0) {
-    const auto empty = [](const Item& item) { return item.shard.rows == 0 || item.shard.columns == 0; };
-    items.erase(std::remove_if(items.begin(), items.end(), empty), items.end());
-    for (const Item& item : items) first_unit.push_back(first_unit.back() + count_units(item.shard));
+  Plan() = default;
+  explicit Plan(const std::vector<Item>& list) {
+    for (const Item& item : list) add(item);
+  }
+  explicit Plan(std::vector<Item>&&) = delete;
+  void add(const Item& item) {
+    if (item.shard.rows == 0 || item.shard.columns == 0) return;
+    items.push_back(&item);
+    first_unit.push_back(first_unit.back() + count_units(item.shard));
   }
   int64_t units() const { return first_unit.back(); }
   size_t item_of(int64_t unit) const {
@@ -92,33 +98,37 @@ HD int32_t entry_index(const uint64_t* words) { return int32_t(words[1] >> 35); 
 
 // Whether four elements, which are a quarter of a Philox counter's, can be accessed at once.
 inline bool aligned(const Item& item) {
-  bool found = item.shard.columns % 4 == 0 && item.shard.start % 4 == 0;
-  for (const void* pointer : item.pointer) found = found && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-  return found;
+  uint64_t bits = uint64_t(item.shard.columns | item.shard.start) * 4;
+  for (const void* pointer : item.pointer) bits |= reinterpret_cast<uintptr_t>(pointer);
+  return bits % 16 == 0;
 }
 
 // Appends to `words` the entries of items from `first` on that one launch takes: unless `mixed`, those aligned alike. The
 // place of the first one left over is the table's items further.
-inline Table pack(const std::vector<Item>& items, size_t first, bool mixed, std::vector<uint64_t>& words) {
+inline Table pack(const std::vector<const Item*>& items, size_t first, bool mixed, std::vector<uint64_t>& words) {
   Table table;
   table.at = int64_t(words.size());
   table.stride = Table::kHeader;
-  table.aligned = aligned(items[first]);
+  table.aligned = aligned(*items[first]);
   for (int slot = 0; slot < kSlots; ++slot)
-    if (items[first].pointer[slot]) table.position[slot] = int8_t(table.stride++);
-  for (size_t next = first; next < items.size(); ++next, ++table.items) {
-    const Item& item = items[next];
+    if (items[first]->pointer[slot]) table.position[slot] = int8_t(table.stride++);
+  words.resize(size_t(table.at) + (items.size() - first) * size_t(table.stride));
+  uint64_t* to = words.data() + table.at;
+  for (size_t next = first; next < items.size(); ++next, ++table.items, to += table.stride) {
+    const Item& item = *items[next];
     const int64_t limit = int64_t(1) << 31, units = table.units + count_units(item.shard);
+    const bool whole = aligned(item);
     if (item.shard.rows >= limit || item.shard.columns >= limit) throw std::length_error("adamw: a matrix too large");
-    if (units >= limit || (!mixed && aligned(item) != table.aligned)) break;
-    const uint64_t flags = uint64_t(item.gradient) | uint64_t(aligned(item)) << 2 | uint64_t(item.index) << 3;
-    words.push_back(uint64_t(item.shard.columns) | uint64_t(table.units) << 32);
-    words.push_back(uint64_t(item.shard.rows) | flags << 32);
-    words.push_back(uint64_t(item.shard.start));
+    if (units >= limit || (!mixed && whole != table.aligned)) break;
+    const uint64_t flags = uint64_t(item.gradient) | uint64_t(whole) << 2 | uint64_t(item.index) << 3;
+    to[0] = uint64_t(item.shard.columns) | uint64_t(table.units) << 32;
+    to[1] = uint64_t(item.shard.rows) | flags << 32;
+    to[2] = uint64_t(item.shard.start);
     for (int slot = 0; slot < kSlots; ++slot)
-      if (table.position[slot]) words.push_back(reinterpret_cast<uintptr_t>(item.pointer[slot]));
+      if (table.position[slot]) to[table.position[slot]] = reinterpret_cast<uintptr_t>(item.pointer[slot]);
     table.units = int32_t(units);
   }
+  words.resize(size_t(to - words.data()));
   return table;
 }
 
@@ -128,7 +138,8 @@ struct Launches {
   std::vector<uint64_t> words;
 
   Launches(Plan& plan, bool mixed) {
-    if (!mixed) std::stable_partition(plan.items.begin(), plan.items.end(), aligned);
+    const auto is_aligned = [](const Item* item) { return aligned(*item); };
+    if (!mixed) std::stable_partition(plan.items.begin(), plan.items.end(), is_aligned);
     for (size_t next = 0; next < plan.items.size(); next += size_t(tables.back().items))
       tables.push_back(pack(plan.items, next, mixed, words));
   }

@@ -7,12 +7,14 @@ library raises `NotImplementedError`. Nothing is loaded before `available` or `e
 from __future__ import annotations
 
 import functools
+import importlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["available", "extension_status"]
+__all__ = ["available", "extension_status", "module"]
 
 _HERE = Path(__file__).parent
 _LIBRARIES = {"cpu": "_C", "cuda": "_C_cuda"}
@@ -21,6 +23,11 @@ _LIBRARIES = {"cpu": "_C", "cuda": "_C_cuda"}
 def available(device: torch.device | str) -> bool:
     """Whether the operators run on tensors on `device`; loads the library the first time."""
     return torch.device(device).type in _LIBRARIES and _load(torch.device(device).type) == "loaded"
+
+
+def module(device: torch.device) -> Any:
+    """The library itself, which is `available`: its functions `same` and `locate` look at Python's objects."""
+    return importlib.import_module(f"srpo_kernels.{_LIBRARIES[device.type]}")
 
 
 def extension_status() -> dict[str, str]:
@@ -37,8 +44,8 @@ def _load(device: str) -> str:
     if device == "cuda" and torch.version.cuda is None:
         return "not loaded: torch is not a CUDA build"
     try:
-        torch.ops.load_library(path)
-    except OSError as error:  # another torch, or another processor
+        importlib.import_module(f"srpo_kernels.{_LIBRARIES[device]}")
+    except ImportError as error:  # another torch, or another processor
         return f"not loaded: {error}"
     return "loaded"
 
@@ -67,12 +74,16 @@ _PLAN = (
     "Tensor[] second_scales, Tensor[] averages, Tensor[] gradients, Tensor[] steps, int[] starts, int group, "
     "str weights_mode, str moments_mode) -> Tensor"
 )
+# Keeps tensors alive, for as long as what it returns, bytes in host memory, is: so that adamw_begin can tell whether
+# they are where they were.
+_WATCH = "(Tensor[] tensors) -> Tensor"
 # What the steps of all parameters begin with, in int64 words: the 34 above, the norm (double), the coefficient (fp32),
 # whether it is finite (bool), one word for the kernel; then the numbers of the coming steps [n] and, as fp32, their
 # `reference.Scalars` [n, 7]. Steps are counted unless the norm is not finite. A parameter takes the `lr` (a double,
 # read now if it is on the CPU) and the four `numbers` (beta1, beta2, eps, weight_decay) of its group. Empty, and
-# nothing is done, if gradients are not of the shapes and dtypes that were planned, or not contiguous.
-_BEGIN = "(Tensor[] gradients, Tensor(a!) plan, Tensor[] lr, float[] numbers, float max_norm) -> Tensor"
+# nothing is done, if any of `watched` has moved. Where gradients are, `locate` of the library's module has written in
+# the plan. `like` is any tensor on their device.
+_BEGIN = "(Tensor like, Tensor(a!) plan, Tensor watched, Tensor[] lr, float[] numbers, float max_norm) -> Tensor"
 # adamw_step for parameters [first, first + count) of the plan, after adamw_begin.
 _ADVANCE = "(Tensor plan, Tensor begun, int first, int count, int seed, float ema_decay, int ema_every) -> Tensor"
 # fp32 [n, 7]: `reference.Scalars` for every step number; lr is a double on the same device.
@@ -91,9 +102,13 @@ def _plan_fake(weights: list[Tensor], *_: object) -> Tensor:
     return torch.empty(len(weights), 15, dtype=torch.int64, device="cpu")
 
 
-def _begin_fake(gradients: list[Tensor], *_: object) -> Tensor:
-    count = len(gradients)
-    return gradients[0].new_empty(38 + count + (7 * count + 1) // 2, dtype=torch.int64)
+def _watch_fake(tensors: list[Tensor]) -> Tensor:  # noqa: ARG001
+    return torch.empty(48, dtype=torch.uint8, device="cpu")
+
+
+def _begin_fake(like: Tensor, plan: Tensor, *_: object) -> Tensor:
+    count = plan.shape[0]
+    return like.new_empty(38 + count + (7 * count + 1) // 2, dtype=torch.int64)
 
 
 def _advance_fake(plan: Tensor, begun: Tensor, *_: object) -> Tensor:  # noqa: ARG001
@@ -108,6 +123,7 @@ for _name, _schema, _fake in (
     ("adamw_step", _STEP, _step_fake),
     ("sums_of_squares", _SQUARES, _squares_fake),
     ("adamw_plan", _PLAN, _plan_fake),
+    ("adamw_watch", _WATCH, _watch_fake),
     ("adamw_begin", _BEGIN, _begin_fake),
     ("adamw_advance", _ADVANCE, _advance_fake),
     ("adamw_scalars", _SCALARS, _scalars_fake),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from srpo_kernels.extension import available, extension_status
+from srpo_kernels.extension import available, extension_status, module
 from srpo_kernels.optim import reference
 from srpo_kernels.optim.reference import BINS
 from srpo_kernels.optim.sharding import matrix
@@ -330,6 +330,15 @@ def planned(list_: list[SimpleNamespace], weights: str, moments: str, starts: li
     return torch.ops.srpo.adamw_plan([made.weight for made in list_], *lists, [made.average for made in list_], *rest)
 
 
+def locate(plan: Tensor, gradients: list[Tensor], weights: list[Tensor]) -> bool:
+    """Of parameters that are where `weights` are."""
+    parameters = [weight.detach() for weight in weights]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad_dtype = gradient.dtype
+        parameter.grad = gradient
+    return module(plan.device).locate(parameters, plan)
+
+
 @built
 def test_a_planned_step_is_the_same():
     """Two lists, of which the second has its own options, against a call of adamw_step for each."""
@@ -339,6 +348,7 @@ def test_a_planned_step_is_the_same():
     lists = [[make(s, *modes[k], dtypes[k], 31 * k + i) for i, s in enumerate(SHAPES)] for k in range(2)]
     mine = [[clone(parameter) for parameter in list_] for list_ in lists]
     plan = torch.cat([planned(mine[k], *modes[k], starts, k) for k in range(2)])
+    watched = torch.ops.srpo.adamw_watch([parameter.taken for parameter in (*mine[0], *mine[1])])
     for _ in range(2):  # the second on other gradients, elsewhere
         gradients = [[torch.randn_like(p.gradient) * 1e-3 for p in list_] for list_ in lists]
         both = [*gradients[0], *gradients[1]]
@@ -350,7 +360,8 @@ def test_a_planned_step_is_the_same():
             numbers = {"lr": rates[k], "coefficient": coefficient}
             compiled(list_, *modes[k], starts, numbers, 1)
         lr = [torch.tensor(rate, dtype=torch.float64) for rate in rates]
-        begun = torch.ops.srpo.adamw_begin(both, plan, lr, options, 0.01)
+        assert locate(plan, both, [parameter.weight for list_ in mine for parameter in list_])
+        begun = torch.ops.srpo.adamw_begin(both[0], plan, watched, lr, options, 0.01)
         assert torch.equal(begun[: BINS + 2], sums)
         for k in range(2):
             count = len(SHAPES)
@@ -364,23 +375,76 @@ def test_a_planned_step_is_the_same():
 
 
 @built
+def test_only_planned_gradients_are_located():
+    made = [make(shape, "split32", "M4", torch.bfloat16, 0) for shape in [(3, 200), (5,), (0, 6)]]
+    plan = planned(made, "split32", "M4", [0, 600, 608])
+    gradients, weights = [parameter.gradient for parameter in made], [parameter.weight for parameter in made]
+    first, planned_words = gradients[0], plan.clone()
+    strided = first.T.contiguous().T
+    for gradient in [first.float(), first.half(), strided, first.to_sparse(), torch.nn.Parameter(first)]:
+        assert not locate(plan, [gradient, *gradients[1:]], weights)
+    assert not locate(plan, [first[:2], *gradients[1:]], [weights[0][:2], *weights[1:]])
+    assert not locate(plan, gradients, [weights[0].clone(), *weights[1:]])
+    assert not module(plan.device).locate(weights, plan)  # which have none
+    assert torch.equal(plan, planned_words)
+    assert locate(plan, [strided.contiguous(), *gradients[1:]], weights)
+    assert (plan != planned_words).sum() == 1
+    with pytest.raises(ValueError, match="plan is not that of 2 parameters"):
+        module(plan.device).locate(weights[:2], plan)
+    with pytest.raises(ValueError, match="plan is not that of 3 parameters"):
+        module(plan.device).locate(weights, plan[:, 1:])
+    with pytest.raises(TypeError):
+        module(plan.device).locate(tuple(weights), plan)
+
+
+@built
+def test_the_same_objects():
+    same = module(torch.device("cpu")).same
+    one, other, value, note = (torch.zeros(2) for _ in range(4))
+    objects, parameters, state = [one, other, one, value, note, other], [one, other], {one: {"a": value, "b": note}}
+    state[other] = {}
+    assert same(objects, parameters, state)
+    for differing in (objects[:-1], [*objects, one], [*objects[:3], value.clone(), *objects[4:]], objects[::-1]):
+        assert not same(differing, parameters, state)
+    assert not same(objects, parameters[::-1], state)
+    assert not same(objects, parameters, {other: {}, one: state[one]})
+    assert not same(objects, parameters, {**state, other: [one]})
+
+
+@built
+@pytest.mark.parametrize("how", ["data", "resize", "set"])
+def test_what_moved_is_not_stepped(how: str):
+    made = [make(shape, "split32", "M4", torch.bfloat16, 0) for shape in [(3, 200), (5,)]]
+    plan = planned(made, "split32", "M4", [0, 600])
+    weights, gradients = ([getattr(parameter, name) for parameter in made] for name in ("weight", "gradient"))
+    state = made[1].state["exp_avg"]
+    watched = torch.ops.srpo.adamw_watch([made[0].state["exp_avg"], state])
+    assert locate(plan, gradients, weights)
+    old = state.detach()  # keeps the memory, so that it is not found again
+    if how == "data":
+        state.data = state * 2
+    elif how == "resize":
+        state.untyped_storage().resize_(2**20)
+    else:
+        state.set_(torch.zeros_like(old))
+    numbers = [torch.tensor(1e-3, dtype=torch.float64)], [0.9, 0.99, 1e-8, 0.0], 1.0
+    assert torch.ops.srpo.adamw_begin(gradients[0], plan, watched, *numbers).numel() == 0
+    assert all(parameter.taken == parameter.step - 1 for parameter in made)
+
+
+@built
 def test_plans_are_checked():
     made = [make(shape, "split32", "M4", torch.bfloat16, 0) for shape in [(3, 200), (5,)]]
     plan = planned(made, "split32", "M4", [0, 600])
     lr, numbers = [torch.tensor(1e-3, dtype=torch.float64)], [0.9, 0.99, 1e-8, 0.0]
     gradients, wanted = [parameter.gradient for parameter in made], contents(made[0])
-    others = [gradients[0].float(), gradients[0][:2], gradients[0].T.contiguous().T, torch.zeros(200, 3).bfloat16()]
-    for other in others:  # "empty" says that they are not as planned
-        assert torch.ops.srpo.adamw_begin([other, gradients[1]], plan, lr, numbers, 1.0).numel() == 0
-    assert all(parameter.taken == parameter.step - 1 for parameter in made)
-    begun = torch.ops.srpo.adamw_begin(gradients, plan, lr, numbers, 1.0)
+    like, watched = gradients[0], torch.ops.srpo.adamw_watch([parameter.taken for parameter in made])
+    begun = torch.ops.srpo.adamw_begin(like, plan, watched, lr, numbers, 1.0)
+    begin = torch.ops.srpo.adamw_begin
     for call, message in [
-        (
-            lambda: torch.ops.srpo.adamw_begin(gradients * 2, plan, lr, numbers, 1.0),
-            "no parameters 0 to 4 in a plan of 2",
-        ),
-        (lambda: torch.ops.srpo.adamw_begin(gradients, plan, [], [], 1.0), "no group 0"),
-        (lambda: torch.ops.srpo.adamw_begin(gradients, plan[:, 1:], lr, numbers, 1.0), "not what adamw_plan returns"),
+        (lambda: begin(like, plan, watched, [], [], 1.0), "no group 0"),
+        (lambda: begin(like, plan[:, 1:], watched, lr, numbers, 1.0), "not what adamw_plan returns"),
+        (lambda: begin(like, plan, watched[1:], lr, numbers, 1.0), "not what adamw_watch returns"),
         (lambda: torch.ops.srpo.adamw_advance(plan, begun[1:], 0, 2, 0, 0.0, 1), "not what adamw_begin returns"),
         (lambda: torch.ops.srpo.adamw_advance(plan, begun, 1, 2, 0, 0.0, 1), "no parameters 1 to 3"),
         (lambda: torch.ops.srpo.adamw_advance(plan, begun, 0, 2, 0, 0.0, 0), "ema_every must be positive"),
@@ -399,7 +463,11 @@ def test_schemas_and_fakes_of_planned_steps():
     names = ("remainder", "exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
     lists = [[parameter.state[name] for parameter in made] for name in names]
     gradients = [parameter.gradient for parameter in made]
-    begin = gradients, plan, [torch.tensor(1e-3, dtype=torch.float64)], [0.9, 0.99, 1e-8, 0.0], 1.0
+    torch.library.opcheck(
+        torch.ops.srpo.adamw_watch.default, (gradients,), test_utils=("test_schema", "test_faketensor")
+    )
+    watched = torch.ops.srpo.adamw_watch([parameter.taken for parameter in made])
+    begin = gradients[0], plan, watched, [torch.tensor(1e-3, dtype=torch.float64)], [0.9, 0.99, 1e-8, 0.0], 1.0
     torch.library.opcheck(torch.ops.srpo.adamw_begin.default, begin)
     begun = torch.ops.srpo.adamw_begin(*begin)
     torch.library.opcheck(torch.ops.srpo.adamw_advance.default, (plan, begun, 0, 2, 3, 0.0, 1))

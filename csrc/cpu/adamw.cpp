@@ -34,7 +34,7 @@ SRPO_VECTORS(64)
 template <class Use>
 HD void each_unit(const Plan& plan, int64_t begin, int64_t end, const Use& use) {
   for (size_t place = plan.item_of(begin); begin < end; ++place)
-    for (const Item& item = plan.items[place]; begin < std::min(end, plan.first_unit[place + 1]); ++begin)
+    for (const Item& item = *plan.items[place]; begin < std::min(end, plan.first_unit[place + 1]); ++begin)
       use(item, unit_at(item.shard, begin - plan.first_unit[place]));
 }
 

@@ -47,7 +47,7 @@ void packs(bool mixed) {
     table.words = launches.words.data();
     check(table.stride == 6, "stride");
     for (int i = 0; i < table.items; ++i, ++first) {
-      const srpo::Item& item = plan.items[first];
+      const srpo::Item& item = *plan.items[first];
       const uint64_t* words = srpo::entry(table, i);
       check(srpo::entry_start(words) == item.shard.start && srpo::entry_columns(words) == item.shard.columns, "shard");
       check(srpo::entry_rows(words) == item.shard.rows && srpo::entry_index(words) == item.index, "shard");
@@ -65,7 +65,7 @@ void packs(bool mixed) {
     units = 0;
   }
   check(first == items.size(), "all items");
-  plan = srpo::Plan(plan.items);
+  plan = srpo::Plan(items);
   for (int64_t unit = 0; unit < plan.units(); unit += 17) {
     const size_t item = plan.item_of(unit);
     check(plan.first_unit[item] <= unit && unit < plan.first_unit[item + 1], "item of unit");

@@ -30,7 +30,8 @@ Found run(Range step_range, Squares square_range, Weights weights, Moments momen
   }
   for (int slot : {kFirstScale, kSecondScale})
     for (int64_t i = 0; i < rows * columns; ++i) static_cast<float*>(item.pointer[slot])[i] = 0x1p-20f;
-  const Plan plan({item});
+  Plan plan;
+  plan.add(item);
   const Scalars numbers = scalars(7, 1e-3, 0.9, 0.999, 0, 0.01);
   const int64_t number = 7;
   const Step step{weights, moments, &numbers, &number, 0.5f, true, keys_of(99), 0.1f, 1};

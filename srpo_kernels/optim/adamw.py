@@ -131,6 +131,16 @@ class AdamW(Optimizer):
         own = {name: getattr(self, name) for name in ("max_grad_norm", "seed", "offload")}
         return {**super().__getstate__(), **own, "_telemetry": self.telemetry}
 
+    @property
+    def state(self) -> Any:
+        """Every parameter's state. The next step is prepared anew, since its tensors may be moved or let go."""
+        self._prepared = None
+        return vars(self)["state"]
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        vars(self)["state"] = state
+
     # --- stepping -----------------------------------------------------------------------------
 
     @overload
@@ -152,7 +162,7 @@ class AdamW(Optimizer):
                 loss = closure()
         if self._in_backward is not None:
             self._in_backward._end()
-        elif self._prepared is None or not (self._prepared.fits(self) and self._prepared.step(self)):
+        elif self._prepared is None or not self._prepared.step(self, vars(self)["state"]):
             self._prepared = None
             if work := work_for(self, with_gradients(self)):
                 self._step(work)
@@ -164,7 +174,7 @@ class AdamW(Optimizer):
         alike = [(group, list_) for group, members in work for list_ in _alike(members)]
         if can_prepare(alike):
             prepared = Prepared(self, alike)
-            if prepared.step(self):
+            if prepared.step(self, vars(self)["state"]):
                 self._prepared = prepared
                 return
         norm = gradient_norm([gradient for _, group in work for _, gradient in group])

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.optimizer_gpu import shapes
 from srpo_kernels.extension import available
@@ -73,14 +75,16 @@ def test_flux_takes_three_launches(count: int, tmp_path: Path) -> None:
 
 
 class Called(TorchDispatchMode):
-    """Collects the names of the operators that are called."""
+    """Collects the names of the operators that are called, and counts the tensors that they are given."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.tensors = 0  # among their arguments
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(function.overloadpacket.__name__)
+        self.tensors += sum(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
         return function(*args, **(kwargs or {}))
 
 
@@ -100,6 +104,28 @@ def test_a_step_launches_nothing_else(count: int) -> None:
     computing = [name for name in called.names if name not in SILENT]
     assert computing == ["adamw_begin", "adamw_advance", "adamw_advance"]
     assert [int(optimizer.state[parameter]["step"]) for parameter in parameters] == [2] * 4
+
+
+@pytest.mark.skipif(not available("cpu"), reason="srpo_kernels._C is not built")
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_what_the_host_does_is_one_for_all_tensors(set_to_none: bool) -> None:
+    """A step calls as many functions and passes operators as many tensors for 4 parameters as for 400."""
+    counts = []
+    for number in (4, 400):
+        parameters = [nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(number)]
+        optimizer = AdamW(parameters, lr=1e-3, max_grad_norm=0.1)
+        calls: list[str] = []
+        for _ in range(3):
+            optimizer.zero_grad(set_to_none)
+            sum(parameter.float().sum() for parameter in parameters).backward()
+            calls.clear()
+            with Called() as called:
+                sys.setprofile(lambda _, event, __, calls=calls: calls.append(event))
+                optimizer.step()
+                sys.setprofile(None)
+        counts.append((calls.count("call"), calls.count("c_call"), called.tensors))
+    assert counts[0] == counts[1]
+    assert counts[0][2] <= 8
 
 
 @pytest.mark.parametrize("path", ["prepared", "lists", "plain", "hosted", "in backward"])

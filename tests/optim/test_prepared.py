@@ -40,6 +40,7 @@ class Training:
         vectors = [parameter for parameter in self.network if parameter.ndim < 2]
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = AdamW(groups, 1e-3, **{"max_grad_norm": 0.1, "ema_decay": 0.9, **options})
+        self.state = self.optimizer.state  # asked for now only, so that steps have to notice what happens to it
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -86,17 +87,21 @@ def replace_a_parameter(training: Training) -> None:
 
 
 def replace_states(training: Training) -> None:
-    for state in training.optimizer.state.values():
+    for state in training.state.values():
         state.update({name: value.clone() for name, value in state.items()})
 
 
 def replace_data_of_a_state(training: Training) -> None:
-    state = training.optimizer.state[training.parameters[0]]
+    state = training.state[training.parameters[0]]
     state["exp_avg"].data = state["exp_avg"] * 2
 
 
+def ask_for_states(training: Training) -> None:
+    assert training.optimizer.state is training.state
+
+
 def forget_a_state(training: Training) -> None:
-    del training.optimizer.state[training.parameters[0]]
+    del training.state[training.parameters[0]]
 
 
 def swap_states(training: Training) -> None:
@@ -104,7 +109,7 @@ def swap_states(training: Training) -> None:
     one, other = nn.Parameter(torch.ones(5).bfloat16()), nn.Parameter(torch.zeros(5).bfloat16())
     training.optimizer.add_param_group({"params": [one, other]})
     training.step()
-    states = training.optimizer.state
+    states = training.state
     states[one], states[other] = states[other], states[one]
 
 
@@ -130,17 +135,18 @@ def step_inside_backward(training: Training) -> None:
 #: What is changed, and whether the step then has to be prepared again.
 CHANGES: list[tuple[Callable[[Training], Any], bool]] = [
     (add_a_group, True),
-    (load, False),
+    (load, True),
     (load_canonical, True),
     (move, True),
     (replace_a_parameter, True),
     (replace_states, True),
     (replace_data_of_a_state, True),
+    (ask_for_states, True),
     (forget_a_state, True),
     (swap_states, True),
     (other_numbers, False),
     (replace_a_group, False),
-    (step_inside_backward, False),
+    (step_inside_backward, True),
     (lambda training: training.step(without=0), True),
     (lambda training: training.step(dtype=torch.float32), True),
     (lambda training: training.optimizer.zero_grad(set_to_none=False), False),
@@ -227,19 +233,48 @@ def test_states_of_others_are_left_alone() -> None:
     assert_same(everything(training.optimizer), everything(plain.optimizer))
 
 
-def test_nothing_is_kept_alive() -> None:
-    """So that states can be moved away between steps, and gradients freed."""
+@pytest.mark.parametrize("asked", [True, False])
+def test_states_are_let_go(asked: bool) -> None:
+    """To whoever asks for them, so that they can be moved away between steps; otherwise by the next step."""
     training = Training(again=True)
     training.step()
     training.step()
-    state, parameter = training.optimizer.state[training.parameters[0]], training.parameters[0]
-    kept = [weakref.ref(value) for value in (*state.values(), parameter.grad)]
     assert training.optimizer._prepared is not None
-    training.optimizer.zero_grad()
-    for name in state:
-        state[name] = state[name].clone()
+    state = (training.optimizer.state if asked else training.state)[training.parameters[0]]
+    kept = [weakref.ref(value) for value in state.values()]
+    state.update({name: value.clone() for name, value in state.items()})
     gc.collect()
+    assert {reference() is None for reference in kept} == {asked}
+    training.step()
+    gc.collect()
+    assert {reference() is None for reference in kept} == {True}
+
+
+def test_gradients_and_moved_data_are_let_go() -> None:
+    training = Training(again=True)
+    training.step()
+    training.step()
+    parameter = training.parameters[0]
+    state = training.state[parameter]["exp_avg"]
+    kept = [weakref.ref(parameter.grad), weakref.ref(state.untyped_storage()), weakref.ref(parameter.untyped_storage())]
+    training.optimizer.zero_grad()
+    state.data, parameter.data = state.clone(), parameter.detach().clone()
     assert not any(reference() is not None for reference in kept)
+    assert training.optimizer._prepared is not None
+
+
+def test_the_optimizer_goes_with_its_parameters() -> None:
+    """Also where they know of it: what C++ holds is not seen by the garbage collector."""
+    training = Training(again=True)
+    for parameter in training.parameters:
+        parameter.owner = training.optimizer
+    training.step()
+    training.step()
+    assert training.optimizer._prepared is not None
+    kept = weakref.ref(training.optimizer)
+    del training, parameter
+    gc.collect()
+    assert kept() is None
 
 
 def test_copies_prepare_their_own() -> None:
