@@ -14,7 +14,7 @@ from srpo.experiments.arms import Arm, shown, trained
 from srpo.experiments.experiment import Conclusion, Experiment, Row, Setting, measured
 from srpo.experiments.looks import curve_figure, last, surely
 from srpo.images import panels
-from srpo.monitors import harm_of
+from srpo.monitors import MONITORS, harm_of
 from srpo.monitors.config import ValidationConfig
 
 __all__ = ["Hacking"]
@@ -63,7 +63,7 @@ class Hacking(Experiment):
         return header, lines
 
     def curves(self, rows: Sequence[Row]) -> list[str]:
-        keys = ("moved", "reward", *_limits(rows))
+        keys = ("moved", *LOSSES, *(name for name in rows[0] if name.partition("@")[0] in MONITORS))
         return [curve_figure(rows, list(RATES), key, key) for key in keys]
 
     def conclusions(self, rows: Sequence[Row]) -> list[Conclusion]:
