@@ -33,7 +33,7 @@ class Convergence(Experiment):
     name = "convergence"
     claim = (
         "on H20s, SRPO takes 5.3 hours, Direct-Align and ReFL 16, DRaFT-LV 24 and DanceGRPO 480 "
-        "(arXiv 2509.06942, table 1); SRPO is more than 75 times as efficient as DanceGRPO."
+        "(arXiv 2509.06942, table 1); SRPO is 75 times as efficient as DanceGRPO."
     )
     seeds = (3, 2)
 

@@ -34,8 +34,8 @@ class Hacking(Experiment):
 
     name = "hacking"
     claim = (
-        "optimising the whole trajectory for a relative reward resists reward hacking: what is best after 15 to 25 "
-        "updates drifts beyond, but later than with ReFL, DRaFT or DanceGRPO."
+        "optimising the whole trajectory, and for a relative reward, avoids reward hacking. Its authors found 15 to 25 "
+        "updates best, and that images drift beyond them."
     )
     seeds = (3, 2)
 
