@@ -11,5 +11,5 @@ TINY = "tiny"
 
 
 def resolve_asset(path: str | Path, kind: str) -> Path:
-    """`path` itself, or for "tiny" the tiny world's "pipeline", "reward" or "prompts.txt"."""
+    """`path` itself, or for "tiny" the tiny world's "pipeline", "reward", "epsilon" or "prompts.txt"."""
     return Path(__file__).parent / "tiny/assets" / kind if str(path) == TINY else Path(path)

@@ -24,6 +24,7 @@ __all__ = [
     "rewards_score",
     "sample",
     "tiny_build",
+    "tiny_epsilon",
     "tiny_images",
     "train",
 ]
@@ -213,6 +214,17 @@ def tiny_build(options: argparse.Namespace) -> int:
         build(Path(options.out), seed=options.seed, steps=Steps().scaled(options.scale))
     except ValueError as error:
         raise InputError(str(error)) from None
+    return 0
+
+
+def tiny_epsilon(options: argparse.Namespace) -> int:
+    from srpo.assets import TINY, resolve_asset
+    from srpo.tiny.epsilon import STEPS, build_epsilon
+
+    if not options.scale > 0:
+        raise InputError(f"--scale must be positive, got {options.scale}")
+    pipeline = Path(options.world) / "pipeline" if options.world else resolve_asset(TINY, "pipeline")
+    build_epsilon(Path(options.out), pipeline, seed=options.seed, steps=max(1, round(STEPS * options.scale)))
     return 0
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from srpo_kernels import checkpointed_reward, inject_noise, recover
+from srpo_kernels.ops.recover import Prediction
 
 __all__ = [
     "Branch",
@@ -146,6 +147,8 @@ class Branch:
     sigma_to: float
     kappa: float
     swap_prompts: bool  # positive and negative change places
+    alpha_from: float | None = None  # what is left of the image at these levels; None: 1 - sigma, rectified flow
+    alpha_to: float | None = None
 
 
 def draw_timestep(config: SRPOConfig, generator: torch.Generator) -> int:
@@ -231,6 +234,7 @@ def srpo_loss(
     decode: Callable[[Tensor], Tensor],
     reward: RelativeReward,
     threshold: float | None = 0.7,
+    prediction: Prediction = "velocity",
     twin_noise: Tensor | None = None,
     latent: LatentLayout | None = None,
     checkpoint: bool = False,
@@ -246,6 +250,8 @@ def srpo_loss(
         velocity: ``(x_t [K*B, ...], sigma [K*B]) -> v [K*B, ...]``, branch-major.
         decode: ``x0_hat [K*B, ...] -> images [K*B, 3, H, W]`` in [0, 1].
         reward: scores the images against both prompts.
+        prediction: what `velocity` returns. Another kind, as `recover` has them, needs branches with alphas, and takes
+            no `checkpoint`.
         threshold: a branch's loss is ``relu(threshold - score)``, or ``-score`` for None, its mean over
             images divided by K; the loss is the sum over branches.
         twin_noise: [K*B, 3, H, W]. When given, prompts play no part: the score is reward(image) -
@@ -256,18 +262,23 @@ def srpo_loss(
             decode and score this many images at a time (default all).
 
     Raises:
-        ValueError: no branches, or `captions` or `controls` does not have B entries.
+        ValueError: no branches, `captions` or `controls` does not have B entries, or `prediction` does not fit.
     """
     batch, count = x0.shape[0], len(branches)
     if count == 0:
         raise ValueError("srpo_loss: branches must name at least one branch")
     if len(captions) != batch:
         raise ValueError(f"srpo_loss: captions must have one entry per image ({batch}), got {len(captions)}")
+    rectified = prediction == "velocity"
+    if any((alpha is None) != rectified for each in branches for alpha in (each.alpha_from, each.alpha_to)):
+        raise ValueError(f"srpo_loss: branches must {'not ' * rectified}have alphas with prediction={prediction!r}")
+    if checkpoint and not rectified:
+        raise ValueError(f"srpo_loss: checkpoint needs prediction='velocity', got {prediction!r}")
     pairs: list[Any] = [controls] * batch if isinstance(controls[0], str) else list(controls)
     if len(pairs) != batch:
         raise ValueError(f"srpo_loss: controls must be one pair, or one per image ({batch}), got {len(pairs)}")
 
-    def per_branch(values: list[float]) -> Tensor:
+    def per_branch(values: list[Any]) -> Tensor:
         """[B, K]"""
         dtype = torch.promote_types(x0.dtype, torch.float32)
         return torch.tensor(values, dtype=dtype, device=x0.device).expand(batch, count)
@@ -297,16 +308,21 @@ def srpo_loss(
 
     start = per_branch([branch.sigma_from for branch in branches])
     end = per_branch([branch.sigma_to for branch in branches])
-    x_t = inject_noise(x0, noise, start)
+    signal: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    if not rectified:
+        signal["alpha"] = per_branch([branch.alpha_from for branch in branches])
+        alpha_to = per_branch([branch.alpha_to for branch in branches])
+        options = dict(alpha_from=signal["alpha"], alpha_to=alpha_to, prediction=prediction)
+    x_t = inject_noise(x0, noise, start, **signal)
     v = velocity(x_t, start.T.reshape(-1))
-    layout: dict[str, Any] = {}
     if latent is not None:
-        layout = dict(unpack=latent.size, scaling_factor=latent.scaling_factor, shift_factor=latent.shift_factor)
+        options |= dict(unpack=latent.size, scaling_factor=latent.scaling_factor, shift_factor=latent.shift_factor)
     if checkpoint:
-        scores = checkpointed_reward(x_t, noise, v, start, end, **layout, decode=decode, score=score, chunk=chunk)
-        x0_hat = recover(x_t, noise, v.detach(), start, end, **layout)
+        scores = checkpointed_reward(x_t, noise, v, start, end, **options, decode=decode, score=score, chunk=chunk)
+        x0_hat = recover(x_t, noise, v.detach(), start, end, **options)
     else:
-        x0_hat = recover(x_t, noise, v, start, end, **layout)
+        x0_hat = recover(x_t, noise, v, start, end, **options)
         scores = score(decode(x0_hat), slice(0, count * batch))
 
     branch_losses = penalties(scores, threshold).reshape(count, batch).mean(1) / count

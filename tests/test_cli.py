@@ -184,6 +184,8 @@ def test_flux_dev_recipe_runs_on_a_flux_shaped_model(
         (["sample", "tiny", "--out", "."], "output . already exists"),
         (["export", "nowhere", "--out", "x"], "nowhere is not a run directory"),
         (["tiny", "build", "--out", "."], "."),
+        (["tiny", "epsilon", "--out", "."], "output . already exists"),
+        (["tiny", "epsilon", "--out", "x", "--scale", "0"], "--scale must be positive, got 0.0"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(

@@ -213,7 +213,8 @@ def test_reward_ranks_real_images(data: Digits) -> None:
 def test_build_is_reproducible(rebuilt: tuple[Path, Path]) -> None:
     one, two = rebuilt
     names = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
-    assert names == sorted(path.relative_to(ASSETS) for path in ASSETS.rglob("*") if path.is_file())
+    shipped = (path.relative_to(ASSETS) for path in ASSETS.rglob("*") if path.is_file())
+    assert names == sorted(name for name in shipped if name.parts[0] != "epsilon")  # which has a build of its own
     assert sum(name.suffix == ".safetensors" for name in names) == 5
     for name in names:
         if name.name != "build.json":

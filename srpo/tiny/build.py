@@ -22,7 +22,7 @@ from srpo.tiny.judge import Judge
 from srpo.tiny.training import Progress, train_clip, train_flow, train_vae
 from srpo.tiny.words import LENGTH, clip_tokenizer, t5_tokenizer
 
-__all__ = ["Steps", "build", "sample"]
+__all__ = ["LIBRARIES", "Steps", "build", "reproducible", "sample"]
 
 LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "scikit-learn", "scipy", "numpy")
 
@@ -50,7 +50,7 @@ def build(out: Path, *, seed: int = 0, steps: Steps = Steps(), progress: Progres
     an empty directory.
     """
     with new_directory(out) as part:
-        with _reproducible(seed):
+        with reproducible(seed):
             report = _train_and_save(part, seed, steps, progress)
         (part / "prompts.txt").write_text("".join(caption(i) + "\n" for i in range(len(NAMES))), encoding="utf-8")
         (part / "build.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -130,7 +130,7 @@ def _text_tower(clip: CLIPModel) -> CLIPTextModel:
 
 
 @contextmanager
-def _reproducible(seed: int) -> Iterator[None]:
+def reproducible(seed: int) -> Iterator[None]:
     """Torch seeded and on one thread; the caller's generator state and thread count come back afterwards.
 
     How sums round depends on the number of threads, and models this small gain little from a second one.  On one

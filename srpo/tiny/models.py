@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from srpo.tiny.digits import SIZE
 from srpo.tiny.words import LENGTH
 
-__all__ = ["CHANNELS", "WIDTH", "clip", "t5", "transformer", "vae"]
+__all__ = ["CHANNELS", "WIDTH", "clip", "t5", "transformer", "unet", "vae"]
 
 CHANNELS = 4  # of the latents; FLUX packs 2x2 of them into a token of 16
 WIDTH = 64  # of the text states, the pooled text and CLIP's shared space
@@ -86,4 +86,20 @@ def transformer() -> FluxTransformer2DModel:
         pooled_projection_dim=WIDTH,
         guidance_embeds=True,
         axes_dims_rope=(8, 12, 12),
+    )
+
+
+def unet() -> UNet2DConditionModel:
+    """Two levels, 8x8 and 4x4; the latter, where a digit's shape is, also reads the text. For `srpo.tiny.epsilon`."""
+    return UNet2DConditionModel(
+        sample_size=SIZE // 4,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(64, 64),
+        layers_per_block=1,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,  # heads, by diffusers' historical name
+        norm_num_groups=8,
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, FluxTransformer2DModel, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
@@ -16,7 +16,7 @@ from srpo.latents import image_ids, pack
 from srpo.tiny.digits import Digits, attribute_words, caption, random_caption
 from srpo.tiny.words import LENGTH
 
-__all__ = ["Progress", "decode", "token_ids", "train_clip", "train_flow", "train_vae"]
+__all__ = ["Progress", "decode", "encode", "token_ids", "train_clip", "train_epsilon", "train_flow", "train_vae"]
 
 Progress = Callable[[str], None]
 
@@ -51,11 +51,16 @@ def token_ids(tokenizer: CLIPTokenizer | T5Tokenizer, prompts: list[str]) -> Ten
     return torch.as_tensor(ids)
 
 
-@torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Images [N, 3, 32, 32] in [0, 1] of normalised `latents` [N, 4, 8, 8]."""
     raw = latents / vae.config.scaling_factor + vae.config.shift_factor
     return torch.cat([vae.decode(x).sample for x in torch.split(raw, 256)]).div(2).add(0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """The VAE's own latents [N, 4, 8, 8], not normalised, of `images` [N, 3, 32, 32] in [0, 1]."""
+    return torch.cat([vae.encode(2 * x - 1).latent_dist.mean for x in torch.split(images, 256)])
 
 
 def train_vae(vae: AutoencoderKL, data: Digits, steps: int, progress: Progress) -> tuple[list[float], Tensor]:
@@ -71,8 +76,7 @@ def train_vae(vae: AutoencoderKL, data: Digits, steps: int, progress: Progress) 
         # The absolute error keeps the paper white and the edges crisp, the squared error the strokes in place.
         trainer.step(error.abs().mean() + error.square().mean() + 2e-3 * posterior.kl().mean() / 256)
     vae.eval().requires_grad_(False)
-    with torch.no_grad():
-        latents = torch.cat([vae.encode(2 * x - 1).latent_dist.mean for x in torch.split(data.images, 256)])
+    latents = encode(vae, data.images)
     shift, scale = float(latents.mean()), float(1 / latents.std())
     vae.register_to_config(shift_factor=shift, scaling_factor=scale)
     return trainer.losses, (latents - shift) * scale
@@ -158,9 +162,45 @@ def train_flow(
             **position,
         )[0]
         trainer.step(F.mse_loss(velocity, noise - clean))
-        with torch.no_grad():
-            decay = min(0.998, (i + 1) / (i + 10))
-            torch._foreach_lerp_(list(average.parameters()), list(models.parameters()), 1 - decay)
+        _follow(average, models, i)
     models.load_state_dict(average.state_dict())
     models.eval().requires_grad_(False)
     return trainer.losses
+
+
+def train_epsilon(
+    unet: UNet2DConditionModel,
+    schedule: DDIMScheduler,
+    states: Callable[[list[str]], Tensor],
+    data: Digits,
+    latents: Tensor,
+    steps: int,
+    rng: np.random.Generator,
+    progress: Progress,
+) -> list[float]:
+    """Train `unet` to predict the noise that `schedule` adds, leave its averaged weights in it, return the losses.
+
+    The timesteps are uniform and the error unweighted, as in DDPM. `states` encodes captions.
+    """
+    labels, words = data.labels.tolist(), attribute_words(data.stats.z_scores(data.images, data.labels))
+    forward = DDPMScheduler.from_config(schedule.config)
+    average = copy.deepcopy(unet)
+    trainer = _Trainer("epsilon", list(unet.parameters()), 2e-3, steps, progress)
+    for i in range(steps):
+        chosen = torch.randint(len(latents), (32,))
+        texts = [random_caption(labels[i], words[i], rng, plain=0.5) for i in chosen.tolist()]
+        timesteps = torch.randint(forward.config.num_train_timesteps, (32,))
+        noise = torch.randn(32, *latents.shape[1:])
+        x_t = forward.add_noise(latents[chosen], noise, timesteps)
+        trainer.step(F.mse_loss(unet(x_t, timesteps, states(texts)).sample, noise))
+        _follow(average, unet, i)
+    unet.load_state_dict(average.state_dict())
+    unet.eval().requires_grad_(False)
+    return trainer.losses
+
+
+@torch.no_grad()
+def _follow(average: torch.nn.Module, model: torch.nn.Module, step: int) -> None:
+    """Move the running mean of `model`'s weights on."""
+    decay = min(0.998, (step + 1) / (step + 10))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
