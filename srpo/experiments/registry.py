@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from srpo.experiments.bias import Bias
 from srpo.experiments.experiment import Experiment
 from srpo.experiments.offline import Offline
 from srpo.experiments.recovery import Recovery
 
 __all__ = ["EXPERIMENTS"]
 
-EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in (Recovery(), Offline())}
+EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in (Recovery(), Bias(), Offline())}
