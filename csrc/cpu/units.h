@@ -361,9 +361,28 @@ uint64_t lost(const char* from, bool wide, int64_t columns) {
   return found;
 }
 
+// Adds rows narrower than a pair, of which a vector of biases has one for every element.
+void square_narrow(const Item& item, const Unit& unit, uint64_t* sums) {
+  const int64_t count = unit.rows * unit.columns, offset = unit.row * item.shard.columns;
+  const char* from = static_cast<const char*>(item.pointer[kGradient]);
+  float converted[kChunk];
+  const float* values = converted;
+  if (item.gradient == Gradient::kFp32)
+    values = reinterpret_cast<const float*>(from) + offset;
+  else if (item.gradient == Gradient::kFp16)
+    convert_fp16(from + 2 * offset, count, converted);
+  else
+    for (int64_t i = 0; i < count; ++i)
+      converted[i] = float_of(uint32_t(reinterpret_cast<const uint16_t*>(from)[offset + i]) << 16);
+  const uint64_t before = sums[kBins];
+  add_rows(values, unit.rows, unit.columns, sums);
+  if (sums[kBins] != before) sums[kBins + 1] += lost(reinterpret_cast<const char*>(values), true, count);
+}
+
 void square_range(const Plan& plan, int64_t begin, int64_t end, uint64_t* sums) {
   float converted[kChunk];
   each_unit(plan, begin, end, [&](const Item& item, const Unit& unit) {
+    if (item.shard.columns < kPair) return square_narrow(item, unit, sums);
     const bool wide = item.gradient != Gradient::kBf16;
     for (int64_t row = unit.row; row < unit.row + unit.rows; ++row) {
       const int64_t offset = row * item.shard.columns + unit.column;
