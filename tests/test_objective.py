@@ -25,6 +25,7 @@ _HPS = {
     "shift": 3.0,
     "groundtruth_ratio": 0.9,
     "margin": 5,
+    "inversion": True,
     "form": "official",
     "discount_denoise": (0.1, 0.25),
     "discount_inversion": (0.3, 0.01),

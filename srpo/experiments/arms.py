@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from srpo.config import TrainConfig, load_config
-from srpo.experiments.experiment import Row, Setting
+from srpo.experiments.experiment import Row, Setting, one_thread
 from srpo.experiments.witness import Witness, witness
 from srpo.rewards import Reward
 from srpo.runlog import read_log
@@ -126,7 +126,7 @@ def _train(task: _Task) -> list[Row]:
     """Every look at one training."""
     config, every = task.config(), task.arm.every
     task.directory.parent.mkdir(parents=True, exist_ok=True)
-    with _quiet(task.directory.with_suffix(".txt")), _one_thread():
+    with _quiet(task.directory.with_suffix(".txt")), one_thread():
         trainer = Trainer(config, reward=task.arm.reward)
         looker = witness(trainer, task.arm.towards, task.seed, task.images)
         rows: list[Row] = []
@@ -170,14 +170,3 @@ def _quiet(file: Path) -> Iterator[None]:
         contextlib.redirect_stderr(stream),
     ):
         yield
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """As sums depend on the number of threads, results must not depend on how many trainings run at once."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

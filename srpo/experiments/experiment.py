@@ -7,18 +7,20 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, ClassVar
 
+import torch
 from PIL import Image
 from scipy.stats import t as student
 
 from srpo import page
 from srpo.errors import InputError
 
-__all__ = ["Conclusion", "Experiment", "Setting", "interval", "measured", "run"]
+__all__ = ["Conclusion", "Experiment", "Setting", "interval", "measured", "one_thread", "run"]
 
 Row = dict[str, Any]
 
@@ -73,6 +75,17 @@ class Experiment(ABC):
         """What the rows say, with numbers and intervals."""
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """As sums depend on the number of threads, results must not depend on how many trainings run at once."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean of one value a seed, and half the width of its 95 % confidence interval (Student's t); 2 values or more.
 
@@ -106,7 +119,12 @@ def run(experiment: Experiment, setting: Setting, out: Path, say: Callable[[str]
         raise InputError(f"--seeds must be at least 2, for an interval; got {setting.seeds}")
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    rows = list(experiment.measure(setting, out, lambda text: say(f"[{time.perf_counter() - started:5.1f} s] {text}")))
+
+    def tell(text: str) -> None:
+        say(f"[{time.perf_counter() - started:5.1f} s] {text}")
+
+    with one_thread():
+        rows = list(experiment.measure(setting, out, tell))
     header = {"experiment": experiment.name, **asdict(setting), "seconds": round(time.perf_counter() - started, 1)}
     lines = [json.dumps(line) + "\n" for line in (header, *rows)]
     (out / f"{experiment.name}.jsonl").write_text("".join(lines), encoding="utf-8")
