@@ -10,6 +10,7 @@ from statistics import fmean
 from srpo.assets import TINY
 from srpo.config import load_config
 from srpo.experiments.arms import Arm, shown, trained
+from srpo.experiments.bias import along
 from srpo.experiments.experiment import Conclusion, Experiment, Row, Setting, measured
 from srpo.experiments.looks import cost_to_reach, curve_figure, gained, last
 from srpo.experiments.taste import TastefulReward, slanted, warm
@@ -47,7 +48,7 @@ class Inversion(Experiment):
         panels(shown(arms, out, 20), 10, stacked=True).save(out / f"{self.name}.png")
 
     def table(self, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-        taste = _taste(rows)
+        taste = along(rows)
         lines = []
         for arm in FORMS:
             for updates in _lengths(rows):
@@ -57,7 +58,7 @@ class Inversion(Experiment):
         return ["", "updates", "moved", taste, *COLUMNS.values()], lines
 
     def curves(self, rows: Sequence[Row]) -> list[str]:
-        titles = {"moved": "moved", _taste(rows): _taste(rows), **COLUMNS}
+        titles = {"moved": "moved", along(rows): along(rows), **COLUMNS}
         return [curve_figure(rows, list(FORMS), key, title) for key, title in titles.items()]
 
     def conclusions(self, rows: Sequence[Row]) -> list[Conclusion]:
@@ -83,11 +84,6 @@ def _arms(setting: Setting) -> list[Arm]:
     return arms
 
 
-def _taste(rows: Sequence[Row]) -> str:
-    """What tells of the planted taste."""
-    return "slant" if "slant" in rows[0] else "lab_b"
-
-
 def _lengths(rows: Sequence[Row]) -> tuple[int, int]:
     """Updates of the recipe, and of the whole training."""
     looks = [row["update"] for row in rows if row["arm"] == SRPO and row["seed"] == 0]
@@ -107,15 +103,15 @@ def _compared(rows: Sequence[Row], arm: str, target: float) -> Conclusion:
     text += f", at {share:.2f} times the forwards."
     if target > 0:
         starts = {
-            name: [row[_taste(rows)] for row in rows if row["arm"] == name and not row["update"]] for name in WORDED
+            name: [row[along(rows)] for row in rows if row["arm"] == name and not row["update"]] for name in WORDED
         }
 
         def there(name: str, key: str) -> str:
             found = cost_to_reach(rows, name, target, key)
-            from_start = starts[name] if key == _taste(rows) else [0.0] * len(found)
+            from_start = starts[name] if key == along(rows) else [0.0] * len(found)
             return measured([value - start for value, start in zip(found, from_start, strict=True)])
 
-        keys = {_taste(rows): f"drift along {_taste(rows)}", **COLUMNS}
+        keys = {along(rows): f"drift along {along(rows)}", **COLUMNS}
         said = ", ".join(f"{title} {there(arm, key)} ({there(SRPO, key)})" for key, title in keys.items())
         text += f" Where both have moved {target:.2f}: {said}."
     return Conclusion(text, None)

@@ -6,7 +6,10 @@ from srpo.experiments.bias import Bias
 from srpo.experiments.experiment import Experiment
 from srpo.experiments.offline import Offline
 from srpo.experiments.recovery import Recovery
+from srpo.experiments.timesteps import Timesteps
 
 __all__ = ["EXPERIMENTS"]
 
-EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in (Recovery(), Bias(), Offline())}
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment for experiment in (Recovery(), Timesteps(), Bias(), Offline())
+}

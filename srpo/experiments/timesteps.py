@@ -39,7 +39,7 @@ class Timesteps(Experiment):
     def measure(self, setting: Setting, out: Path, say: Callable[[str], None]) -> Iterator[Row]:
         arms = [_arm(setting, algorithm, part) for algorithm in ALGORITHMS for part in PARTS]
         yield from trained(arms, setting, out, say)
-        panels(shown(arms, out, 20), 10, stacked=True).save(out / f"{self.name}.png")
+        panels(shown(arms, out, 10), 10, stacked=True).save(out / f"{self.name}.png")
 
     def table(self, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         tastes = _tastes(rows)
@@ -81,7 +81,7 @@ class Timesteps(Experiment):
             f"at equal moved, training on the last quarter alone drifted most in {measured(shares)} of the comparisons "
             f"({len(found)} a seed, of algorithms and tastes; chance: 0.33)."
         )
-        above = [share - 0.5 for share in shares]
+        above = [share - 1 / len(PARTS) for share in shares]
         return [Conclusion(text, surely(above) > 0), *(_compared(drifts, *of) for of, drifts in found.items())]
 
 
