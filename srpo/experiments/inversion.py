@@ -45,7 +45,7 @@ class Inversion(Experiment):
     def measure(self, setting: Setting, out: Path, say: Callable[[str], None]) -> Iterator[Row]:
         arms = _arms(setting)
         yield from trained(arms, setting, out, say)
-        panels(shown(arms, out, 20), 10, stacked=True).save(out / f"{self.name}.png")
+        panels(shown(arms, out, 10), 10, stacked=True).save(out / f"{self.name}.png")
 
     def table(self, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         taste = along(rows)
@@ -65,9 +65,10 @@ class Inversion(Experiment):
         target = 0.9 * min(moved for arm in WORDED for moved in last(rows, arm, "moved"))
         found = [_compared(rows, arm, target) for arm in OTHERS]
         _, end = _lengths(rows)
-        columns = {"moved": "moved", **COLUMNS}
-        said = ", ".join(f"{title} {measured(last(rows, IMAGE_ONLY, key))}" for key, title in columns.items())
-        return [*found, Conclusion(f"{IMAGE_ONLY}, which reads no words, after {end} updates: {said}.", None)]
+        moved, drift = last(rows, IMAGE_ONLY, "moved"), gained(rows, IMAGE_ONLY, along(rows))
+        said = ", ".join(f"{title} {measured(last(rows, IMAGE_ONLY, key))}" for key, title in COLUMNS.items())
+        text = f"{IMAGE_ONLY}: moved {measured(moved)} and {along(rows)} {measured(drift)} in {end} updates; {said}."
+        return [*found, Conclusion(text, None)]
 
 
 def _arms(setting: Setting) -> list[Arm]:
@@ -102,16 +103,11 @@ def _compared(rows: Sequence[Row], arm: str, target: float) -> Conclusion:
     share = fmean(last(rows, arm, "forwards")) / fmean(last(rows, SRPO, "forwards"))
     text += f", at {share:.2f} times the forwards."
     if target > 0:
-        starts = {
-            name: [row[along(rows)] for row in rows if row["arm"] == name and not row["update"]] for name in WORDED
+        differences = {  # both began with the same images
+            key: [a - b for a, b in zip(*(cost_to_reach(rows, name, target, key) for name in (arm, SRPO)), strict=True)]
+            for key in (along(rows), *COLUMNS)
         }
-
-        def there(name: str, key: str) -> str:
-            found = cost_to_reach(rows, name, target, key)
-            from_start = starts[name] if key == along(rows) else [0.0] * len(found)
-            return measured([value - start for value, start in zip(found, from_start, strict=True)])
-
-        keys = {along(rows): f"drift along {along(rows)}", **COLUMNS}
-        said = ", ".join(f"{title} {there(arm, key)} ({there(SRPO, key)})" for key, title in keys.items())
-        text += f" Where both have moved {target:.2f}: {said}."
+        titles = {along(rows): along(rows), **COLUMNS}
+        said = ", ".join(f"{titles[key]} {measured(values)}" for key, values in differences.items())
+        text += f" Where both have moved {target:.2f}, it differs from {SRPO} by: {said}."
     return Conclusion(text, None)

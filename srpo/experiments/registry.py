@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from srpo.experiments.bias import Bias
 from srpo.experiments.experiment import Experiment
+from srpo.experiments.inversion import Inversion
 from srpo.experiments.offline import Offline
 from srpo.experiments.recovery import Recovery
 from srpo.experiments.timesteps import Timesteps
@@ -11,5 +12,5 @@ from srpo.experiments.timesteps import Timesteps
 __all__ = ["EXPERIMENTS"]
 
 EXPERIMENTS: dict[str, Experiment] = {
-    experiment.name: experiment for experiment in (Recovery(), Timesteps(), Bias(), Offline())
+    experiment.name: experiment for experiment in (Recovery(), Timesteps(), Bias(), Inversion(), Offline())
 }
