@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.report.tables import TABLES as GPU_TABLES
 from benchmarks.report.tables import newest, rendered
+from srpo.experiments.registry import EXPERIMENTS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -93,8 +94,6 @@ def optimizer_accuracy(rows: list[dict[str, Any]]) -> str:
 
 def experiment(lines: list[dict[str, Any]]) -> str:
     """What an experiment concludes, and its table."""
-    from srpo.experiments.registry import EXPERIMENTS
-
     header, *rows = lines
     chosen = EXPERIMENTS[header["experiment"]]
     said = "".join(f"- {conclusion}\n" for conclusion in chosen.conclusions(rows))
@@ -109,7 +108,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "optimizer_host": ("cpu/optimizer_host.json", optimizer_host),
     "optimizer_accuracy": ("cpu/optimizer_accuracy.json", optimizer_accuracy),
     "solvers": ("cpu/solvers.json", solvers),
-    "recovery": ("experiments/recovery.jsonl", experiment),
+    **{name: (f"experiments/{name}.jsonl", experiment) for name in EXPERIMENTS},
 }
 
 
