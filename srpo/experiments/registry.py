@@ -8,10 +8,12 @@ from srpo.experiments.inversion import Inversion
 from srpo.experiments.offline import Offline
 from srpo.experiments.prompts import Prompts
 from srpo.experiments.recovery import Recovery
+from srpo.experiments.stability import Stability
 from srpo.experiments.timesteps import Timesteps
 
 __all__ = ["EXPERIMENTS"]
 
 EXPERIMENTS: dict[str, Experiment] = {
-    experiment.name: experiment for experiment in (Recovery(), Timesteps(), Prompts(), Bias(), Inversion(), Offline())
+    experiment.name: experiment
+    for experiment in (Recovery(), Timesteps(), Prompts(), Bias(), Inversion(), Offline(), Stability())
 }

@@ -137,15 +137,22 @@ def _moved(rows: Sequence[Row], arm: str, place: str) -> list[float]:
     return [after - before for before, after in zip(*_at(rows, arm, place, "at"), strict=True)]
 
 
+def _share(rows: Sequence[Row], arm: str, place: str, of: str) -> str:
+    pairs = zip(_moved(rows, arm, place), _moved(rows, arm, of), strict=True)
+    return measured([part / whole if whole else math.nan for part, whole in pairs])
+
+
 def _along(rows: Sequence[Row], arm: str) -> str:
     levels = _levels(rows)
     sure = sum(surely(_moved(rows, arm, level)) > 0 for level in levels)
     shown = (levels[0], levels[len(levels) // 2], levels[-1])
     said = ", ".join(f"{measured(_moved(rows, arm, level))} at {level}" for level in shown)
-    return f"{arm}: predictions of x0 have moved at {sure} of {len(levels)} levels of a rollout: {said}."
+    share = _share(rows, arm, levels[0], levels[-1])
+    text = f"{arm}: predictions of x0 have moved at {sure} of {len(levels)} levels of a rollout: {said}"
+    return f"{text}; at the first level {share} of what it is at the last."
 
 
 def _across(rows: Sequence[Row], arm: str) -> str:
     said = ", ".join(f"{measured(_moved(rows, arm, name))} with {name}" for name in SAMPLERS)
-    least, name = min((fmean(_at(rows, arm, name, "kept")[1]), name) for name in SAMPLERS)
-    return f"{arm}: images have moved {said}; kept is least with {name}, {least:.2f}."
+    few, *_, many = EULER
+    return f"{arm}: images have moved {said}; with {few} {_share(rows, arm, few, many)} of what it is with {many}."

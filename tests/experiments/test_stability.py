@@ -72,8 +72,9 @@ def test_conclusions_count_levels_and_name_samplers() -> None:
     assert found[0].startswith(
         "srpo: predictions of x0 have moved at 2 of 4 levels of a rollout: 0.00 ± 0.00 at sigma 1,"
     )
-    assert "1.00 ± 0.00 at sigma 0.4, -0.50 ± 0.00 at sigma 0.1" in found[0]
+    assert "1.00 ± 0.00 at sigma 0.4, -0.50 ± 0.00 at sigma 0.1; at the first level 0.00 ± 0.00 of" in found[0]
     assert found[3].startswith("srpo: images have moved 0.25 ± 0.00 with 4 steps, 1.00 ± 0.00 with 8 steps")
+    assert found[3].endswith("; with 4 steps 0.25 ± 0.00 of what it is with 50 steps.")
     _, lines = Stability().table(rows)
     assert [line[0] for line in lines] == ["sigma 1", "sigma 0.7", "sigma 0.4", "sigma 0.1", *SAMPLERS]
     assert lines[0][1:] == ["0.00 ± 0.00"] * 3 + ["0.90 ± 0.00"] * 2
@@ -84,7 +85,8 @@ def test_a_failed_training_is_not_counted() -> None:
     rows = rows_with({})
     rows[1] = {"arm": "srpo", "seed": 0, "update": 1, "failed": "NaN"}
     assert "at 0 of 4 levels" in Stability().conclusions(rows)[0].text
-    assert "at 4 of 4 levels" in Stability().conclusions(rows)[1].text
+    assert "at 4 of 4 levels" in (text := Stability().conclusions(rows)[1].text)
+    assert text.endswith("at the first level 1.00 ± 0.00 of what it is at the last.")
 
 
 def test_ten_levels_at_most_are_shown() -> None:
