@@ -58,7 +58,10 @@ class Convergence(Experiment):
         header = ["", "rate", "forwards", "seconds", "forwards, SRPO's = 1", "seconds, SRPO's = 1", "paper's hours"]
         lines = []
         for name in ALGORITHMS:
-            costs = (measured(cost_to_reach(rows, name, _target(rows), cost), 0) for cost in ("forwards", "seconds"))
+            costs = (
+                measured(cost_to_reach(rows, name, _target(rows), cost), digits)
+                for cost, digits in (("forwards", 0), ("seconds", 1))
+            )
             ratios = (_times(rows, name, cost)[0] for cost in ("forwards", "seconds"))
             hours = f"{HOURS[name] / HOURS[SRPO]:.1f}" if name in HOURS else ""
             lines.append([name, f"{_rate(rows, name):g}", *costs, *ratios, hours])
