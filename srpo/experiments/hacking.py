@@ -67,7 +67,7 @@ class Hacking(Experiment):
         return [curve_figure(rows, list(RATES), key, key) for key in keys]
 
     def conclusions(self, rows: Sequence[Row]) -> list[Conclusion]:
-        return [*(_broke(rows, arm) for arm in RATES), *(_compared(rows, arm) for arm in OTHERS)]
+        return [*(_broke(rows, arm) for arm in RATES), *(one for arm in OTHERS for one in _compared(rows, arm))]
 
 
 def _broke(rows: Sequence[Row], arm: str) -> Conclusion:
@@ -81,11 +81,13 @@ def _broke(rows: Sequence[Row], arm: str) -> Conclusion:
     return Conclusion(f"{text}; in every seed before that warned {', '.join(before) or 'nothing'}.", None)
 
 
-def _compared(rows: Sequence[Row], arm: str) -> Conclusion:
-    """How much further SRPO goes."""
+def _compared(rows: Sequence[Row], arm: str) -> Iterator[Conclusion]:
+    """How much further SRPO goes, and how much more is left in the end."""
     further = [mine - other for mine, other in zip(_reached(rows, SRPO), _reached(rows, arm), strict=True)]
     text = f"SRPO moves images {measured(further)} further than {arm} before they break or training ends."
-    return Conclusion(text, surely(further) > 0)
+    yield Conclusion(text, surely(further) > 0)
+    left = [mine - other for mine, other in zip(last(rows, SRPO, "kept"), last(rows, arm, "kept"), strict=True)]
+    yield Conclusion(f"In the end SRPO has kept {measured(left)} more than {arm}.", surely(left) > 0)
 
 
 def _limits(rows: Sequence[Row]) -> list[str]:

@@ -49,12 +49,11 @@ def test_limits_are_passed_between_looks() -> None:
 def test_conclusions_are_of_the_way_with_images_whole() -> None:
     for loss, agrees in ((0.02, True), (0.04, False), (0.08, False)):
         found = Hacking().conclusions(rows_with({"srpo": loss, "refl": 0.0}))
-        assert len(found) == 2 * len(RATES) - 1
-        by = {one.text.partition(":")[0] if ":" in one.text else one.text.split(" than ")[1][:6]: one for one in found}
+        assert len(found) == 3 * len(RATES) - 2
         assert [one.agrees for one in found[: len(RATES)]] == [None] * len(RATES)
-        assert by["draft "].agrees is agrees
-        assert "images are whole to the end, moved by 9.04" in by["refl"].text
-        assert by["refl b"].agrees is False
+        assert "refl: images are whole to the end, moved by 9.04" in found[2].text
+        assert [one.agrees for one in found if "than refl" in one.text] == [False, False]
+        assert [one.agrees for one in found if "than draft" in one.text] == [agrees, agrees]
     whole = Hacking().conclusions(rows_with({"srpo": 0.02}))
     assert "break at update 10 ± 0, moved by 5.03" in whole[0].text
     assert whole[0].text.endswith("before that warned alignment.")
@@ -65,11 +64,12 @@ def test_conclusions_are_of_the_way_with_images_whole() -> None:
 def test_algorithms_are_trained_on_and_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hacking, "RATES", {"srpo": 2.0, "dancegrpo": 4.0})
     monkeypatch.setattr(hacking, "OTHERS", ["dancegrpo"])
+    monkeypatch.setattr(hacking, "LENGTH", 8)
     monkeypatch.setattr(hacking, "_IMAGES", 20)
     report = run(Hacking(), Setting("tiny", SMALL, 2, True), tmp_path / "out", lambda _: None)
     header, *rows = map(json.loads, (tmp_path / "out/hacking.jsonl").read_text().splitlines())
     assert header["overrides"] == [*SMALL]
-    for arm, updates in (("srpo", 3), ("dancegrpo", 2)):  # 10 / 2 / rate, rounded up
+    for arm, updates in (("srpo", 2), ("dancegrpo", 1)):  # 8 / 2 / rate
         assert [row["update"] for row in rows if row["arm"] == arm and row["seed"] == 1] == [*range(updates + 1)]
     assert {"kept", "reward", "swapped", "chroma", "grid_patch", "drift@0.9"} < rows[0].keys()
     assert rows[0]["drift@0.9"] == 0 < rows[1]["drift@0.9"]
