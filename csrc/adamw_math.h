@@ -32,6 +32,11 @@ struct Scalars {
 };
 
 template <class F>
+struct Moved {
+  F first, second, direction;
+};
+
+template <class F>
 struct Advanced {
   F weight, first, second, update;
 };
@@ -64,7 +69,7 @@ HD typename Other<U>::Type float_of(U bits) {
 
 // One number in every lane, loaded: GCC would make it anew from an immediate wherever vectors need it, which is slower.
 template <uint32_t kValue>
-inline constexpr uint32_t kStored = kValue;
+static constexpr uint32_t kStored = kValue;
 template <uint32_t kValue, class U>
 HD U constant() {
 #if defined(__x86_64__) && !defined(__CUDACC__)
@@ -124,13 +129,25 @@ HD Scalars scalars(int64_t step, double lr, double beta1, double beta2, double e
           float(1 / std::sqrt(1 - power_of(beta2, step)))};
 }
 
+// The moments, and the direction that they give.
 template <class F>
-HD Advanced<F> advance(F gradient, float coefficient, F weight, F first, F second, const Scalars& s) {
+HD Moved<F> move_moments(F gradient, float coefficient, F first, F second, const Scalars& s) {
   const F scaled = gradient * coefficient;
   first = first + (scaled - first) * s.rate1;
   second = second * s.beta2 + (scaled * scaled) * s.rate2;
-  const F update = s.rate * (first / (square_root(second) * s.root + s.eps)) + s.decay * weight;
-  return {weight - update, first, second, update};
+  return {first, second, first / (square_root(second) * s.root + s.eps)};
+}
+
+template <class F>
+HD F update_of(F direction, F weight, const Scalars& s) {
+  return s.rate * direction + s.decay * weight;
+}
+
+template <class F>
+HD Advanced<F> advance(F gradient, float coefficient, F weight, F first, F second, const Scalars& s) {
+  const Moved<F> moved = move_moments(gradient, coefficient, first, second, s);
+  const F update = update_of(moved.direction, weight, s);
+  return {weight - update, moved.first, moved.second, update};
 }
 
 // --- random bits ---------------------------------------------------------------------------------

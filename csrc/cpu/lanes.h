@@ -36,17 +36,17 @@ HD void prefetch(const char* at) {
 
 // Whether any lane may be of 2^127 or more: so are all that rounding could make infinite, infinities and NaNs.
 HD bool any_large(Words bits) {
-  const Words most = constant<0x7F000000u, Words>(), large = reinterpret_cast<Words>((bits & most) == most);
+  const Words most = constant<0x7F000000u, Words>(), large = bits & most;
 #if !defined(__x86_64__)
   uint32_t found = 0;
-  for (int i = 0; i < kLanes; ++i) found |= large[i];
+  for (int i = 0; i < kLanes; ++i) found |= large[i] == most[i];
   return found != 0;
 #elif SRPO_BYTES == 64
-  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(large)) != 0;
+  return _mm512_cmpeq_epi32_mask(reinterpret_cast<__m512i>(large), reinterpret_cast<__m512i>(most)) != 0;
 #elif SRPO_BYTES == 32
-  return _mm256_movemask_epi8(reinterpret_cast<__m256i>(large)) != 0;
+  return _mm256_movemask_epi8(reinterpret_cast<__m256i>(large == most)) != 0;
 #else
-  return _mm_movemask_epi8(reinterpret_cast<__m128i>(large)) != 0;
+  return _mm_movemask_epi8(reinterpret_cast<__m128i>(large == most)) != 0;
 #endif
 }
 
@@ -68,6 +68,12 @@ struct Unwoven {
 template <int kCount>
 struct Blended {
   static constexpr int lane(int i) { return i + i % 2 * kCount; }
+};
+
+// All lanes of the first vector, from `kBy` on and around.
+template <int kCount, int kBy>
+struct Rotated {
+  static constexpr int lane(int i) { return (i + kBy) % kCount; }
 };
 
 template <class Order, class V, int... i>
@@ -144,7 +150,7 @@ HD void store_floats(void* to, Pair<Floats> x) {
 // Gradients are fp32 or bf16 here.
 template <bool kWoven>
 HD Pair<Floats> load_gradient(const void* from, bool wide) {
-  if (wide) return load_floats<kWoven>(from);
+  if (wide) [[unlikely]] return load_floats<kWoven>(from);
   return floats_of(load_halves<kWoven>(from));
 }
 
@@ -157,12 +163,14 @@ inline void convert_fp16(const char* from, int64_t count, float* to) {
 }
 
 // The sum of all lanes, in a fixed order.
+template <int kHalf = kLanes / 2>
 HD float add_lanes(Floats x) {
-  float sums[kLanes];
-  store(sums, x);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) sums[i] = sums[i] + sums[i + half];
-  return sums[0];
+  if constexpr (kHalf == 0) {
+    return x[0];
+  } else {
+    constexpr std::make_integer_sequence<int, kLanes> all{};
+    return add_lanes<kHalf / 2>(x + shuffle<Rotated<kLanes, kHalf>>(x, x, all));
+  }
 }
 
 HD uint32_t largest_lane(Words x) {

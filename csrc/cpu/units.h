@@ -1,8 +1,9 @@
-// A unit's step and squares, included once for each instruction set after lanes.h. A part of 128 elements, or what is
-// left of a block, goes through the step a pair at a time: from loading to storing all is in registers, but for random
-// bits and for moments that wait for the scale of their block.
-
-constexpr int kParts = kBlock / kPair;  // pairs of a part
+// A unit's step and squares, included once for each instruction set after lanes.h. A part of a run goes through the
+// step a pair at a time, moments first and weights afterwards: what waits for a division would keep the next divisions
+// out of the processor's window. Only directions, random bits and moments that wait for their block's scale are in
+// memory between.
+//
+// What is [[unlikely]] is as likely elsewhere, but constants stay in registers only in a loop's usual path.
 
 // What runs of elements add up.
 struct Sums {
@@ -63,11 +64,15 @@ struct Stepper {
     }
   };
 
+  // Larger parts have fewer ends; smaller ones keep memory busy, which matters if elements have more bytes.
+  static constexpr int kPart = kMoments == Moments::kM4 ? 2 * kBlock : kBlock, kPairs = kPart / kPair;
+
   // What a part needs besides its tensors.
   struct Part {
     alignas(64) uint16_t weight_random[kChunk + kDraw], second_random[kChunk + kDraw];  // of a run, from a counter's
-    alignas(64) float gradient[kBlock + kPair];      // converted from fp16
-    Pair<Floats> first[kParts], second[kParts];      // that wait for their scale
+    alignas(64) float gradient[kPart + kPair];       // converted from fp16
+    Pair<Floats> direction[kPairs];                  // of updates
+    Pair<Floats> first[kPairs], second[kPairs];      // that wait for their scale
     float first_scale, second_scale;
   };
 
@@ -140,39 +145,50 @@ struct Stepper {
     store(at.pointer[kSecond], join_uppers(up));
   }
 
-  // The pair from element `i` of a part on. Elements that are not `valid` must change no sum, also where eps is 0.
-  HD static void step_pair(const Step& step, const Scalars& s, const Places& at, bool wide, Part& part, int i,
-                           int shift, Pair<Words> valid, bool averaging, Sums& sums, float* update_kept,
+  // The moments of the pair from element `i` of a part on.
+  HD static void move_pair(float coefficient, const Scalars& s, const Places& at, bool wide, Part& part, int i,
+                           int shift) {
+    if (wide) [[unlikely]]
+      prefetch<4>(at.pointer[kGradient]);
+    else
+      prefetch<2>(at.pointer[kGradient]);
+    prefetch<kFirstSize>(at.pointer[kFirst]);
+    prefetch<kSecondSize>(at.pointer[kSecond]);
+    const Pair<Floats> gradient = load_gradient<kWoven>(at.pointer[kGradient], wide);
+    const Pair<Floats> first = load_first(at, part.first_scale), second = load_second(at, part.second_scale);
+    const Moved<Floats> a = move_moments(gradient.a, coefficient, first.a, second.a, s);
+    const Moved<Floats> b = move_moments(gradient.b, coefficient, first.b, second.b, s);
+    part.direction[unsigned(i) / kPair] = {a.direction, b.direction};
+    if constexpr (kMoments == Moments::kFp32) {
+      store_floats<kWoven>(at.pointer[kFirst], {a.first, b.first});
+      store_floats<kWoven>(at.pointer[kSecond], {a.second, b.second});
+    }
+    if constexpr (kMoments == Moments::kM4 || kMoments == Moments::kM3)
+      store_halves(at, {a.first, b.first}, {a.second, b.second}, part.second_random + shift + i);
+    if constexpr (kCodes) part.first[unsigned(i) / kPair] = {a.first, b.first};
+    if constexpr (kRoots) part.second[unsigned(i) / kPair] = {a.second, b.second};
+  }
+
+  // Its weights. Elements that are not `valid` must change no sum, also where eps is 0.
+  HD static void step_pair(bool finite, const Scalars& s, const Places& at, Part& part, int i, int shift,
+                           Pair<Words> valid, bool averaging, float average_rate, Sums& sums, float* update_kept,
                            float* weight_kept) {
     prefetch<kWeightSize>(at.pointer[kWeight]);
     prefetch<kRemainderSize>(at.pointer[kRemainder]);
-    wide ? prefetch<4>(at.pointer[kGradient]) : prefetch<2>(at.pointer[kGradient]);
-    prefetch<kFirstSize>(at.pointer[kFirst]);
-    prefetch<kSecondSize>(at.pointer[kSecond]);
     Pair<Floats> weight = load_weight(at), update{};
-    if (step.finite) {
-      const Pair<Floats> gradient = load_gradient<kWoven>(at.pointer[kGradient], wide);
-      const Pair<Floats> first = load_first(at, part.first_scale), second = load_second(at, part.second_scale);
-      const Advanced<Floats> a = advance(gradient.a, step.coefficient, weight.a, first.a, second.a, s);
-      const Advanced<Floats> b = advance(gradient.b, step.coefficient, weight.b, first.b, second.b, s);
-      update = {float_of(bits_of(a.update) & valid.a), float_of(bits_of(b.update) & valid.b)};
-      weight = {float_of(bits_of(a.weight) & valid.a), float_of(bits_of(b.weight) & valid.b)};
-      if (averaging) {
+    if (finite) [[likely]] {
+      const Pair<Floats> direction = part.direction[unsigned(i) / kPair];
+      const Floats a = update_of(direction.a, weight.a, s), b = update_of(direction.b, weight.b, s);
+      update = {float_of(bits_of(a) & valid.a), float_of(bits_of(b) & valid.b)};
+      weight = {float_of(bits_of(weight.a - a) & valid.a), float_of(bits_of(weight.b - b) & valid.b)};
+      if (averaging) [[unlikely]] {
         const Pair<Floats> average = load_floats<kWoven>(at.pointer[kAverage]);
-        store_floats<kWoven>(at.pointer[kAverage], {average.a + (weight.a - average.a) * step.average_rate,
-                                                    average.b + (weight.b - average.b) * step.average_rate});
+        store_floats<kWoven>(at.pointer[kAverage], {average.a + (weight.a - average.a) * average_rate,
+                                                    average.b + (weight.b - average.b) * average_rate});
       }
       weight = store_weight(at, weight, part.weight_random + shift + i, sums);
-      if constexpr (kMoments == Moments::kFp32) {
-        store_floats<kWoven>(at.pointer[kFirst], {a.first, b.first});
-        store_floats<kWoven>(at.pointer[kSecond], {a.second, b.second});
-      }
-      if constexpr (kMoments == Moments::kM4 || kMoments == Moments::kM3)
-        store_halves(at, {a.first, b.first}, {a.second, b.second}, part.second_random + shift + i);
-      if constexpr (kCodes) part.first[i / kPair] = {a.first, b.first};
-      if constexpr (kRoots) part.second[i / kPair] = {a.second, b.second};
     }
-    if (update_kept) {
+    if (update_kept) [[unlikely]] {
       store_floats<kWoven>(update_kept + i, update);
       store_floats<kWoven>(weight_kept + i, weight);
     } else {
@@ -224,7 +240,9 @@ struct Stepper {
     const bool wide = item.gradient != Gradient::kBf16, converting = item.gradient == Gradient::kFp16;
     const Sizes stored{item.gradient == Gradient::kFp32 ? 4 : 2, item.pointer[kAverage] ? 4 : 0};
     const Sizes sizes{wide ? 4 : 2, stored.average};
-    const Scalars& s = step.scalars[item.index];
+    const Scalars s = step.scalars[item.index];  // a copy, which no store can change
+    const float coefficient = step.coefficient, average_rate = step.average_rate;
+    const bool finite = step.finite;
     const int64_t number = step.steps[item.index], start = item.shard.start + offset;
     const bool averaging = item.pointer[kAverage] && number % step.average_every == 0;
     const int64_t first = start % kDrawn;
@@ -240,8 +258,8 @@ struct Stepper {
       if constexpr (kMoments != Moments::kFp32)
         draw(counter, uint32_t(number), kSecondStream, step.keys, part.second_random + drawn);
     }
-    for (int64_t done = 0; done < count; done += kBlock, ++block, next = stored.after(next, kBlock)) {
-      const int size = int(std::min<int64_t>(kBlock, count - done)), shift = int(first + done);
+    for (int64_t done = 0; done < count; done += kPart, ++block, next = stored.after(next, kPart)) {
+      const int size = int(std::min<int64_t>(kPart, count - done)), shift = int(first + done);
       Places at = next;
       if (converting) {
         convert_fp16(at.pointer[kGradient], size, part.gradient);
@@ -250,30 +268,34 @@ struct Stepper {
       if constexpr (kCodes) part.first_scale = static_cast<const float*>(item.pointer[kFirstScale])[block];
       if constexpr (kRoots) part.second_scale = static_cast<const float*>(item.pointer[kSecondScale])[block];
       const Words every = ~Words{};
+      const int whole = size / kPair * kPair;
       float* update = kept ? kept->update + done : nullptr;
       float* weight = kept ? kept->weight + done : nullptr;
-      int i = 0;
-      for (; i + kPair <= size; i += kPair)
-        step_pair(step, s, sizes.after(at, i), wide, part, i, shift, {every, every}, averaging, sums, update, weight);
-      if (i < size) {
+      if (finite)
+        for (int i = 0; i < whole; i += kPair) move_pair(coefficient, s, sizes.after(at, i), wide, part, i, shift);
+      for (int i = 0; i < whole; i += kPair)
+        step_pair(finite, s, sizes.after(at, i), part, i, shift, {every, every}, averaging, average_rate, sums, update,
+                  weight);
+      if (whole < size) {
         // What is left of a row passes through zeros.
         alignas(64) char spare[kSlots][4 * kPair] = {};
         alignas(64) uint32_t present[kPair] = {};
-        const Places end = sizes.after(at, i);
+        const Places end = sizes.after(at, whole);
         Places inside{};
         for (int slot = 0; slot < kSlots; ++slot) {
-          std::memcpy(spare[slot], end.pointer[slot], size_t(sizes.of(slot) * (size - i)));
+          std::memcpy(spare[slot], end.pointer[slot], size_t(sizes.of(slot) * (size - whole)));
           inside.pointer[slot] = spare[slot];
         }
-        for (int j = 0; j < size - i; ++j) present[j] = ~0u;
+        for (int j = 0; j < size - whole; ++j) present[j] = ~0u;
         const Pair<Words> valid = bits_of_pair(load_floats<kWoven>(present));
-        step_pair(step, s, inside, wide, part, i, shift, valid, averaging, sums, update, weight);
-        if (step.finite)
+        if (finite) move_pair(coefficient, s, inside, wide, part, whole, shift);
+        step_pair(finite, s, inside, part, whole, shift, valid, averaging, average_rate, sums, update, weight);
+        if (finite)
           for (int slot = 0; slot < kSlots; ++slot)
-            if (slot != kGradient) std::memcpy(end.pointer[slot], spare[slot], size_t(sizes.of(slot) * (size - i)));
+            if (slot != kGradient) std::memcpy(end.pointer[slot], spare[slot], size_t(sizes.of(slot) * (size - whole)));
       }
       if constexpr (kCodes)
-        if (step.finite) encode(item, at, part, size, shift, block);
+        if (finite) encode(item, at, part, size, shift, block);
     }
     into = sums;
   }
