@@ -44,7 +44,7 @@ class Hacking(Experiment):
         images = max(1, config.srpo.batch_size // 4)
         smaller = (f"srpo.batch_size={images}", f"run.micro_batch={math.gcd(images, config.run.micro_batch)}")
         small = replace(setting, overrides=(*smaller, *setting.overrides))
-        length = config.srpo.updates * LENGTH // (2 if setting.quick else 1)
+        length = config.srpo.updates * LENGTH // (4 if setting.quick else 1)
 
         def arm(name: str, rate: float) -> Arm:
             count = math.ceil(length / rate)
