@@ -64,12 +64,12 @@ def test_conclusions_are_of_the_way_with_images_whole() -> None:
 def test_algorithms_are_trained_on_and_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hacking, "RATES", {"srpo": 2.0, "dancegrpo": 4.0})
     monkeypatch.setattr(hacking, "OTHERS", ["dancegrpo"])
-    monkeypatch.setattr(hacking, "LENGTH", 8)
+    monkeypatch.setattr(hacking, "LENGTH", 16)
     monkeypatch.setattr(hacking, "_IMAGES", 20)
     report = run(Hacking(), Setting("tiny", SMALL, 2, True), tmp_path / "out", lambda _: None)
     header, *rows = map(json.loads, (tmp_path / "out/hacking.jsonl").read_text().splitlines())
     assert header["overrides"] == [*SMALL]
-    for arm, updates in (("srpo", 2), ("dancegrpo", 1)):  # 8 / 2 / rate
+    for arm, updates in (("srpo", 2), ("dancegrpo", 1)):  # 16 / 4 / rate
         assert [row["update"] for row in rows if row["arm"] == arm and row["seed"] == 1] == [*range(updates + 1)]
     assert {"kept", "reward", "swapped", "chroma", "grid_patch", "drift@0.9"} < rows[0].keys()
     assert rows[0]["drift@0.9"] == 0 < rows[1]["drift@0.9"]
