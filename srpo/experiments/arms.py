@@ -25,7 +25,6 @@ from srpo.trainer import NonFiniteError, Trainer
 
 __all__ = ["Arm", "shown", "trained"]
 
-
 _SHOWN = 40  # images kept of a training's last look
 
 

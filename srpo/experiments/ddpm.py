@@ -19,6 +19,7 @@ from srpo.errors import InputError
 from srpo.experiments.arms import Arm, trained
 from srpo.experiments.experiment import Conclusion, Experiment, Row, Setting, measured
 from srpo.experiments.looks import gained, last, surely
+from srpo.experiments.recovery import ALIGNED, PREDICTION, STEPS
 from srpo.experiments.witness import judge
 from srpo.images import panels
 from srpo.objective import Branch, SRPOConfig, branches, draw_timestep, srpo_loss
@@ -34,14 +35,6 @@ from srpo_kernels.optim import AdamW
 __all__ = ["DDPM", "nearest", "translated"]
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of noise in an image: sigma / (alpha + sigma)
-#: Steps of Direct-Align, in shares: of the whole, it predicts x0.
-STEPS: dict[str, float] = {
-    "prediction of x0": 1.0,
-    "Direct-Align, step 0.3": 0.3,
-    "Direct-Align, step 0.1": 0.1,
-    "Direct-Align, step 0.02": 0.02,
-}
-PREDICTION, *ALIGNED = STEPS
 WORDS = ATTRIBUTES["stroke"]
 #: Noise-predicting models and their rates, in the recipe's, which was made for the rectified flow.
 RATES = {"epsilon": 1.0, "epsilon at a third of the rate": 1 / 3}

@@ -27,7 +27,7 @@ from srpo.sources import Sources
 from srpo.tiny.digits import export_images
 from srpo_kernels import inject_noise, recover
 
-__all__ = ["Recovery"]
+__all__ = ["ALIGNED", "PREDICTION", "STEPS", "Recovery"]
 
 SIGMAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 #: Steps of Direct-Align: of the whole noise level, it predicts x0; the official recipe's is 0.021.

@@ -17,8 +17,9 @@ from srpo.assets import TINY, resolve_asset
 from srpo.config import load_config
 from srpo.errors import InputError
 from srpo.experiments import ddpm
-from srpo.experiments.ddpm import ALIGNED, DDPM, MODELS, SHARES, STEPS, WORDS, nearest, train, translated
+from srpo.experiments.ddpm import DDPM, MODELS, SHARES, WORDS, nearest, train, translated
 from srpo.experiments.experiment import Row, Setting, run
+from srpo.experiments.recovery import ALIGNED, STEPS
 from srpo.objective import Branch, SRPOOutput, srpo_loss
 from srpo.randomness import generator
 from srpo.rewards import CLIPReward
