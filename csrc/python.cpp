@@ -15,16 +15,20 @@ namespace {
 PyObject *tensor_type, *grad;
 DLPackDLTensorFromPyObjectNoSync describe;  // where a tensor is and how it is laid out
 
-// same(objects, parameters, state): whether `objects` are `parameters`, then every key of `state` and its values.
+// same(objects, lists, state): whether `objects` are what `lists` hold, then every key of `state` and its values.
 PyObject* same(PyObject*, PyObject* arguments) {
-  PyObject *objects, *parameters, *state, *key, *values, *name, *value;
-  if (!PyArg_ParseTuple(arguments, "O!O!O!", &PyList_Type, &objects, &PyList_Type, &parameters, &PyDict_Type, &state))
+  PyObject *objects, *lists, *state, *key, *values, *name, *value;
+  if (!PyArg_ParseTuple(arguments, "O!O!O!", &PyList_Type, &objects, &PyList_Type, &lists, &PyDict_Type, &state))
     return nullptr;
   const Py_ssize_t count = PyList_Size(objects);
   Py_ssize_t next = 0, at = 0;
   const auto is_next = [&](PyObject* found) { return next < count && PyList_GetItem(objects, next++) == found; };
-  for (Py_ssize_t i = 0; i < PyList_Size(parameters); ++i)
-    if (!is_next(PyList_GetItem(parameters, i))) Py_RETURN_FALSE;
+  for (Py_ssize_t i = 0; i < PyList_Size(lists); ++i) {
+    PyObject* const list = PyList_GetItem(lists, i);
+    if (!PyList_Check(list)) Py_RETURN_FALSE;
+    for (Py_ssize_t inner = 0; inner < PyList_Size(list); ++inner)
+      if (!is_next(PyList_GetItem(list, inner))) Py_RETURN_FALSE;
+  }
   while (PyDict_Next(state, &at, &key, &values)) {
     if (!is_next(key) || !PyDict_Check(values)) Py_RETURN_FALSE;
     for (Py_ssize_t inner = 0; PyDict_Next(values, &inner, &name, &value);)

@@ -154,11 +154,12 @@ HD Pair<Floats> load_gradient(const void* from, bool wide) {
   return floats_of(load_halves<kWoven>(from));
 }
 
-inline void convert_fp16(const char* from, int64_t count, float* to) {
+inline void convert(Gradient from_type, const char* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) {
-    uint16_t bits;
-    std::memcpy(&bits, from + 2 * i, sizeof bits);
-    to[i] = from_fp16(uint32_t(bits) << 16);
+    uint16_t half;
+    std::memcpy(&half, from + 2 * i, sizeof half);
+    const uint32_t bits = uint32_t(half) << 16;
+    to[i] = from_type == Gradient::kFp16 ? from_fp16(bits) : float_of(bits);
   }
 }
 

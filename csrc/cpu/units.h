@@ -1,7 +1,7 @@
 // A unit's step and squares, included once for each instruction set after lanes.h. A part of a run goes through the
-// step a pair at a time, moments first and weights afterwards: what waits for a division would keep the next divisions
-// out of the processor's window. Only directions, random bits and moments that wait for their block's scale are in
-// memory between.
+// step a pair at a time. Unless moments are fp32, which takes little arithmetic, weights follow when all moments are
+// done: what waits for a division would keep the next divisions out of the processor's window. Only directions, random
+// bits and moments that wait for their block's scale are in memory between.
 //
 // What is [[unlikely]] is as likely elsewhere, but constants stay in registers only in a loop's usual path.
 
@@ -42,14 +42,16 @@ void add_rows(const float* x, int64_t rows, int64_t columns, uint64_t* bins) {
 
 template <Weights kWeights, Moments kMoments>
 struct Stepper {
-  static constexpr bool kRoots = kMoments == Moments::kM2, kCodes = kRoots || kMoments == Moments::kM3;
-  static constexpr bool kWoven = kWeights != Weights::kFp32 || kMoments != Moments::kFp32;
+  static constexpr bool kExact = kMoments == Moments::kFp32, kRoots = kMoments == Moments::kM2;
+  static constexpr bool kCodes = kRoots || kMoments == Moments::kM3;
+  static constexpr bool kWide = kWeights == Weights::kFp32;  // then gradients are fp32 or converted
+  static constexpr bool kWoven = !kWide || !kExact;
   static constexpr bool kRounded = kWeights == Weights::kSplit24 || kWeights == Weights::kBf16Sr;
 
-  static constexpr int kWeightSize = kWeights == Weights::kFp32 ? 4 : 2;
+  static constexpr int kWeightSize = kWide ? 4 : 2;
   static constexpr int kRemainderSize = kWeights == Weights::kSplit32 ? 2 : kWeights == Weights::kSplit24 ? 1 : 0;
-  static constexpr int kFirstSize = kMoments == Moments::kFp32 ? 4 : kCodes ? 1 : 2;
-  static constexpr int kSecondSize = kMoments == Moments::kFp32 ? 4 : kRoots ? 1 : 2;
+  static constexpr int kFirstSize = kExact ? 4 : kCodes ? 1 : 2;
+  static constexpr int kSecondSize = kExact ? 4 : kRoots ? 1 : 2;
 
   // Of an element in every tensor but those of scales; the gradient's is not known here, and there may be no average.
   struct Sizes {
@@ -64,20 +66,20 @@ struct Stepper {
     }
   };
 
-  // Larger parts have fewer ends; smaller ones keep memory busy, which matters if elements have more bytes.
-  static constexpr int kPart = kMoments == Moments::kM4 ? 2 * kBlock : kBlock, kPairs = kPart / kPair;
+  // Larger parts have fewer ends; smaller ones keep memory busy.
+  static constexpr int kPart = kExact ? kChunk : kMoments == Moments::kM4 ? 2 * kBlock : kBlock, kPairs = kPart / kPair;
 
   // What a part needs besides its tensors.
   struct Part {
     alignas(64) uint16_t weight_random[kChunk + kDraw], second_random[kChunk + kDraw];  // of a run, from a counter's
-    alignas(64) float gradient[kPart + kPair];       // converted from fp16
+    alignas(64) float gradient[kPart + kPair];       // converted to fp32
     Pair<Floats> direction[kPairs];                  // of updates
     Pair<Floats> first[kPairs], second[kPairs];      // that wait for their scale
     float first_scale, second_scale;
   };
 
   HD static Pair<Floats> load_weight(const Places& at) {
-    if constexpr (kWeights == Weights::kFp32) {
+    if constexpr (kWide) {
       return load_floats<kWoven>(at.pointer[kWeight]);
     } else {
       const Pair<Words> upper = load_halves<true>(at.pointer[kWeight]);
@@ -92,7 +94,7 @@ struct Stepper {
 
   // Returns what was stored.
   HD static Pair<Floats> store_weight(const Places& at, Pair<Floats> weight, const uint16_t* random, Sums& sums) {
-    if constexpr (kWeights == Weights::kFp32) {
+    if constexpr (kWide) {
       store_floats<kWoven>(at.pointer[kWeight], weight);
       return weight;
     } else {
@@ -118,14 +120,14 @@ struct Stepper {
   }
 
   HD static Pair<Floats> load_first(const Places& at, float scale) {
-    if constexpr (kMoments == Moments::kFp32) return load_floats<kWoven>(at.pointer[kFirst]);
+    if constexpr (kExact) return load_floats<kWoven>(at.pointer[kFirst]);
     if constexpr (kMoments == Moments::kM4) return floats_of(load_halves<true>(at.pointer[kFirst]));
     const Words both = load_bytes(at.pointer[kFirst]);
     return {from_e4m3(both & 0xFFFFu) * scale, from_e4m3(both >> 16) * scale};
   }
 
   HD static Pair<Floats> load_second(const Places& at, float scale) {
-    if constexpr (kMoments == Moments::kFp32) return load_floats<kWoven>(at.pointer[kSecond]);
+    if constexpr (kExact) return load_floats<kWoven>(at.pointer[kSecond]);
     if constexpr (!kRoots) return floats_of(load_halves<true>(at.pointer[kSecond]));
     const Words both = load_bytes(at.pointer[kSecond]);
     return {from_root(both & 0xFFFFu) * scale, from_root(both >> 16) * scale};
@@ -145,9 +147,9 @@ struct Stepper {
     store(at.pointer[kSecond], join_uppers(up));
   }
 
-  // The moments of the pair from element `i` of a part on.
-  HD static void move_pair(float coefficient, const Scalars& s, const Places& at, bool wide, Part& part, int i,
-                           int shift) {
+  // The moments of the pair from element `i` of a part on; returns the direction of its update.
+  HD static Pair<Floats> move_pair(float coefficient, const Scalars& s, const Places& at, bool wide, Part& part, int i,
+                                   int shift) {
     if (wide) [[unlikely]]
       prefetch<4>(at.pointer[kGradient]);
     else
@@ -158,8 +160,7 @@ struct Stepper {
     const Pair<Floats> first = load_first(at, part.first_scale), second = load_second(at, part.second_scale);
     const Moved<Floats> a = move_moments(gradient.a, coefficient, first.a, second.a, s);
     const Moved<Floats> b = move_moments(gradient.b, coefficient, first.b, second.b, s);
-    part.direction[unsigned(i) / kPair] = {a.direction, b.direction};
-    if constexpr (kMoments == Moments::kFp32) {
+    if constexpr (kExact) {
       store_floats<kWoven>(at.pointer[kFirst], {a.first, b.first});
       store_floats<kWoven>(at.pointer[kSecond], {a.second, b.second});
     }
@@ -167,17 +168,17 @@ struct Stepper {
       store_halves(at, {a.first, b.first}, {a.second, b.second}, part.second_random + shift + i);
     if constexpr (kCodes) part.first[unsigned(i) / kPair] = {a.first, b.first};
     if constexpr (kRoots) part.second[unsigned(i) / kPair] = {a.second, b.second};
+    return {a.direction, b.direction};
   }
 
   // Its weights. Elements that are not `valid` must change no sum, also where eps is 0.
-  HD static void step_pair(bool finite, const Scalars& s, const Places& at, Part& part, int i, int shift,
-                           Pair<Words> valid, bool averaging, float average_rate, Sums& sums, float* update_kept,
-                           float* weight_kept) {
+  HD static void step_pair(bool finite, Pair<Floats> direction, const Scalars& s, const Places& at, const Part& part,
+                           int i, int shift, Pair<Words> valid, bool averaging, float average_rate, Sums& sums,
+                           float* update_kept, float* weight_kept) {
     prefetch<kWeightSize>(at.pointer[kWeight]);
     prefetch<kRemainderSize>(at.pointer[kRemainder]);
     Pair<Floats> weight = load_weight(at), update{};
     if (finite) [[likely]] {
-      const Pair<Floats> direction = part.direction[unsigned(i) / kPair];
       const Floats a = update_of(direction.a, weight.a, s), b = update_of(direction.b, weight.b, s);
       update = {float_of(bits_of(a) & valid.a), float_of(bits_of(b) & valid.b)};
       weight = {float_of(bits_of(weight.a - a) & valid.a), float_of(bits_of(weight.b - b) & valid.b)};
@@ -237,7 +238,8 @@ struct Stepper {
   // `count` consecutive elements from `offset` of the item on, the first one at the start of block `block`.
   [[gnu::noinline]] static void step_run(const Step& step, const Item& item, int64_t offset, int64_t count,
                                          int64_t block, Sums& into, Kept* kept) {
-    const bool wide = item.gradient != Gradient::kBf16, converting = item.gradient == Gradient::kFp16;
+    const bool wide = kWide || item.gradient != Gradient::kBf16;
+    const bool converting = wide && item.gradient != Gradient::kFp32;
     const Sizes stored{item.gradient == Gradient::kFp32 ? 4 : 2, item.pointer[kAverage] ? 4 : 0};
     const Sizes sizes{wide ? 4 : 2, stored.average};
     const Scalars s = step.scalars[item.index];  // a copy, which no store can change
@@ -255,14 +257,14 @@ struct Stepper {
     for (int64_t drawn = 0; drawn < first + count; drawn += kDraw) {
       const uint64_t counter = uint64_t(start + drawn) / kDrawn;
       if constexpr (kRounded) draw(counter, uint32_t(number), kWeightStream, step.keys, part.weight_random + drawn);
-      if constexpr (kMoments != Moments::kFp32)
+      if constexpr (!kExact)
         draw(counter, uint32_t(number), kSecondStream, step.keys, part.second_random + drawn);
     }
     for (int64_t done = 0; done < count; done += kPart, ++block, next = stored.after(next, kPart)) {
       const int size = int(std::min<int64_t>(kPart, count - done)), shift = int(first + done);
       Places at = next;
       if (converting) {
-        convert_fp16(at.pointer[kGradient], size, part.gradient);
+        convert(item.gradient, at.pointer[kGradient], size, part.gradient);
         at.pointer[kGradient] = reinterpret_cast<char*>(part.gradient);
       }
       if constexpr (kCodes) part.first_scale = static_cast<const float*>(item.pointer[kFirstScale])[block];
@@ -271,11 +273,22 @@ struct Stepper {
       const int whole = size / kPair * kPair;
       float* update = kept ? kept->update + done : nullptr;
       float* weight = kept ? kept->weight + done : nullptr;
-      if (finite)
-        for (int i = 0; i < whole; i += kPair) move_pair(coefficient, s, sizes.after(at, i), wide, part, i, shift);
-      for (int i = 0; i < whole; i += kPair)
-        step_pair(finite, s, sizes.after(at, i), part, i, shift, {every, every}, averaging, average_rate, sums, update,
-                  weight);
+      if constexpr (kExact) {
+        for (int i = 0; i < whole; i += kPair) {
+          const Places here = sizes.after(at, i);
+          Pair<Floats> direction{};
+          if (finite) [[likely]] direction = move_pair(coefficient, s, here, wide, part, i, shift);
+          step_pair(finite, direction, s, here, part, i, shift, {every, every}, averaging, average_rate, sums, update,
+                    weight);
+        }
+      } else {
+        if (finite)
+          for (int i = 0; i < whole; i += kPair)
+            part.direction[unsigned(i) / kPair] = move_pair(coefficient, s, sizes.after(at, i), wide, part, i, shift);
+        for (int i = 0; i < whole; i += kPair)
+          step_pair(finite, part.direction[unsigned(i) / kPair], s, sizes.after(at, i), part, i, shift, {every, every},
+                    averaging, average_rate, sums, update, weight);
+      }
       if (whole < size) {
         // What is left of a row passes through zeros.
         alignas(64) char spare[kSlots][4 * kPair] = {};
@@ -288,8 +301,10 @@ struct Stepper {
         }
         for (int j = 0; j < size - whole; ++j) present[j] = ~0u;
         const Pair<Words> valid = bits_of_pair(load_floats<kWoven>(present));
-        if (finite) move_pair(coefficient, s, inside, wide, part, whole, shift);
-        step_pair(finite, s, inside, part, whole, shift, valid, averaging, average_rate, sums, update, weight);
+        Pair<Floats> direction{};
+        if (finite) direction = move_pair(coefficient, s, inside, wide, part, whole, shift);
+        step_pair(finite, direction, s, inside, part, whole, shift, valid, averaging, average_rate, sums, update,
+                  weight);
         if (finite)
           for (int slot = 0; slot < kSlots; ++slot)
             if (slot != kGradient) std::memcpy(end.pointer[slot], spare[slot], size_t(sizes.of(slot) * (size - whole)));
@@ -391,11 +406,8 @@ void square_narrow(const Item& item, const Unit& unit, uint64_t* sums) {
   const float* values = converted;
   if (item.gradient == Gradient::kFp32)
     values = reinterpret_cast<const float*>(from) + offset;
-  else if (item.gradient == Gradient::kFp16)
-    convert_fp16(from + 2 * offset, count, converted);
   else
-    for (int64_t i = 0; i < count; ++i)
-      converted[i] = float_of(uint32_t(reinterpret_cast<const uint16_t*>(from)[offset + i]) << 16);
+    convert(item.gradient, from + 2 * offset, count, converted);
   const uint64_t before = sums[kBins];
   add_rows(values, unit.rows, unit.columns, sums);
   if (sums[kBins] != before) sums[kBins + 1] += lost(reinterpret_cast<const char*>(values), true, count);
@@ -411,7 +423,7 @@ void square_range(const Plan& plan, int64_t begin, int64_t end, uint64_t* sums) 
       const char* from = static_cast<const char*>(item.pointer[kGradient]) +
                          offset * (item.gradient == Gradient::kFp32 ? 4 : 2);
       if (item.gradient == Gradient::kFp16) {
-        convert_fp16(from, unit.columns, converted);
+        convert(item.gradient, from, unit.columns, converted);
         from = reinterpret_cast<const char*>(converted);
       }
       const float sum = square_row(from, wide, unit.columns);

@@ -64,7 +64,7 @@ class Prepared:
     def step(self, optimizer: AdamW, state: dict[Tensor, Any]) -> bool:
         """Take it; false, and nothing is done, if parameters, gradients, `state` or modes are not what this is for."""
         if not (
-            self._module.same(self._objects, _parameters(optimizer), state)
+            self._module.same(self._objects, [group["params"] for group in optimizer.param_groups], state)
             and self._modes == _modes(optimizer)
             and all(parameter.grad is None for parameter in self._others)
             and self._module.locate(self._stepped, self._plan)
