@@ -31,7 +31,7 @@ from srpo_kernels.optim.storage import MOMENTS, Storage
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = 3072
-ROUNDS = 15
+ROUNDS = 45
 TENSORS, HOST_ROUNDS = 1160, 200
 EVICTED = 64 * 2**20  # bytes that are passed over for caches to be cold
 BASE = "torch fused, fp32"
@@ -128,7 +128,7 @@ def host_cases() -> dict[str, Callable[[], object]]:
         "step, prepared anew": anew,
         "step": optimizer.step,
         "step of tensors without elements": empty.step,
-        "of a step: are states the same objects": lambda: module.same(prepared._objects, list(parameters), state),
+        "of a step: are states the same objects": lambda: module.same(prepared._objects, [parameters], state),
         "of a step: parameters, gradients": lambda: module.locate(prepared._stepped, prepared._plan),
         "of a step: adamw_begin": lambda: prepared._begin(optimizer),
         "of a step: adamw_advance": lambda: torch.ops.srpo.adamw_advance(prepared._plan, begun, 0, TENSORS, 0, 0.0, 1),

@@ -110,12 +110,13 @@ def _check(arms: Sequence[Arm]) -> None:
 
 def _each(work: Callable[[_Task], list[Row]], tasks: Sequence[_Task], workers: int) -> Iterator[list[Row]]:
     """What `work` makes of every task, in their order; in processes of their own if there are several."""
+    workers = min(workers, len(tasks))
     if workers == 1:
         yield from map(work, tasks)
         return
     # Spawned: a forked child would share the threads' locks of its parent.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
         try:
             yield from pool.map(work, tasks)
         finally:

@@ -76,7 +76,7 @@ def _arms(setting: Setting) -> dict[str, list[Arm]]:
     config = load_config(setting.recipe, setting.overrides)
     if config.model.path == TINY:
         words = {word: CONTROL_GROUPS[word] for key in MEASURED for word in ATTRIBUTES[key]}
-        pairs = [("heavy", "light"), ("bolld", "thinn"), UNKNOWN, (UNKNOWN[0], "thin"), ("bold", UNKNOWN[1])]
+        pairs = [UNKNOWN, ("heavy", "light"), ("bolld", "thinn"), (UNKNOWN[0], "thin"), ("bold", UNKNOWN[1])]
     else:
         own = ControlGroup(config.srpo.positive_controls, config.srpo.negative_controls)
         words = {"the recipe's": own, **(config.data.control_groups or {})}
@@ -93,7 +93,7 @@ def _arms(setting: Setting) -> dict[str, list[Arm]]:
         RARE: [_arm(name, group, towards) for name, group in rare.items()],
         WEIGHTS: [_arm(name, own, towards, overrides) for name, overrides in weights.items()],
     }
-    return {kind: those[::2] for kind, those in arms.items()} if setting.quick else arms
+    return {kind: those[::3] for kind, those in arms.items()} if setting.quick else arms
 
 
 def _arm(name: str, group: ControlGroup, towards: str, overrides: tuple[str, ...] = ()) -> Arm:
