@@ -64,13 +64,13 @@ def solvers(rows: list[dict[str, Any]]) -> str:
 
 
 def optimizer_cpu(report: dict[str, Any]) -> str:
-    """ns a parameter, and the speed relative to torch's, by number of threads."""
-    rows = {(row["case"], row["threads"]): row for row in report["optimizer"]}
-    threads = sorted({count for _, count in rows})
-    header = ["step", *(f"{count} thread{'s' * (count > 1)}: ns a parameter, times torch" for count in threads)]
+    """ns a parameter, and the speed relative to torch's, by size and number of threads."""
+    rows = {(row["case"], row["parameters"], row["threads"]): row for row in report["optimizer"]}
+    columns = list(dict.fromkeys((size, threads) for _, size, threads in rows))
+    header = ["step", *(f"{size / 1e6:.2g} M, {threads} thread{'s' * (threads > 1)}" for size, threads in columns)]
     lines = []
-    for case in dict.fromkeys(name for name, _ in rows):
-        cells = [rows[case, count] for count in threads]
+    for case in dict.fromkeys(name for name, _, _ in rows):
+        cells = [rows[case, size, threads] for size, threads in columns]
         lines.append([case, *(f"{cell['ns_per_parameter']:.2f}, {cell['times_torch']:.2f}" for cell in cells)])
     return markdown(header, lines)
 
