@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 from benchmarks.report.tables import TABLES as GPU_TABLES
@@ -63,21 +63,33 @@ def solvers(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def optimizer_cpu(report: dict[str, Any]) -> str:
-    """ns a parameter, and the speed relative to torch's, by size and number of threads."""
-    rows = {(row["case"], row["parameters"], row["threads"]): row for row in report["optimizer"]}
-    columns = list(dict.fromkeys((size, threads) for _, size, threads in rows))
+def optimizer_cpu(runs: list[dict[str, Any]]) -> str:
+    """Medians of runs: ns a parameter, and the speed relative to torch's with its least and most."""
+    cells: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    for row in (row for run in runs for row in run["optimizer"]):
+        cells.setdefault((row["case"], row["parameters"], row["threads"]), []).append(row)
+    columns = list(dict.fromkeys((size, threads) for _, size, threads in cells))
     header = ["step", *(f"{size / 1e6:.2g} M, {threads} thread{'s' * (threads > 1)}" for size, threads in columns)]
-    lines = []
-    for case in dict.fromkeys(name for name, _, _ in rows):
-        cells = [rows[case, size, threads] for size, threads in columns]
-        lines.append([case, *(f"{cell['ns_per_parameter']:.2f}, {cell['times_torch']:.2f}" for cell in cells)])
-    return markdown(header, lines)
+
+    def cell(rows: list[dict[str, Any]]) -> str:
+        times, ratios = ([row[key] for row in rows] for key in ("ns_per_parameter", "times_torch"))
+        return f"{median(times):.2f}, {median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+
+    cases = dict.fromkeys(case for case, _, _ in cells)
+    return markdown(
+        header, [[case, *(cell(cells[case, size, threads]) for size, threads in columns)] for case in cases]
+    )
 
 
-def optimizer_host(report: dict[str, Any]) -> str:
-    """ms that a step of a thousand tensors takes the host."""
-    lines = [[row["case"], f"{row['ms']:.2f}", f"{row['cold_ms']:.2f}"] for row in report["host"]]
+def optimizer_host(runs: list[dict[str, Any]]) -> str:
+    """ms that a step of a thousand tensors takes the host: medians of runs."""
+    cells: dict[str, list[dict[str, Any]]] = {}
+    for row in (row for run in runs for row in run["host"]):
+        cells.setdefault(row["case"], []).append(row)
+    lines = [
+        [case, *(f"{median(row[key] for row in rows):.2f}" for key in ("ms", "cold_ms"))]
+        for case, rows in cells.items()
+    ]
     return markdown(["1160 tensors of one element", "ms", "ms, caches cold"], lines)
 
 
@@ -100,14 +112,26 @@ def experiment(lines: list[dict[str, Any]]) -> str:
     return f"The paper: {chosen.claim}\n\n{said}\n{markdown(*chosen.table(rows))}"
 
 
+def lengths(quick: list[dict[str, Any]]) -> str:
+    """Seconds of every experiment, as the first line of its results says, and of one with --quick."""
+    lines = []
+    for name in EXPERIMENTS:
+        with (RESULTS / f"experiments/{name}.jsonl").open(encoding="utf-8") as file:
+            header = json.loads(next(file))
+        short = next(one for one in quick if one["experiment"] == name)
+        lines.append([f"`{name}`", *(f"{one['seconds']:.0f} ({one['seeds']} seeds)" for one in (header, short))])
+    return markdown(["", "s", "s, --quick"], lines)
+
+
 #: By name: the result file and what renders it. Tables of GPU runs are in `benchmarks.report.tables`.
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "precision": ("cpu/precision.json", precision),
     "training": ("cpu/precision.json", training),
-    "optimizer_cpu": ("cpu/optimizer.json", optimizer_cpu),
-    "optimizer_host": ("cpu/optimizer_host.json", optimizer_host),
+    "optimizer_cpu": ("cpu/optimizer.jsonl", optimizer_cpu),
+    "optimizer_host": ("cpu/optimizer_host.jsonl", optimizer_host),
     "optimizer_accuracy": ("cpu/optimizer_accuracy.json", optimizer_accuracy),
     "solvers": ("cpu/solvers.json", solvers),
+    "lengths": ("experiments_quick.jsonl", lengths),
     **{name: (f"experiments/{name}.jsonl", experiment) for name in EXPERIMENTS},
 }
 

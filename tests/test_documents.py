@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import srpo_kernels
 from benchmarks.__main__ import main as benchmarks
 from benchmarks.cases import cases
+from srpo.experiments.registry import EXPERIMENTS
 from srpo_kernels.__main__ import table
 from srpo_kernels.ops._register import OPS
 
@@ -42,6 +44,16 @@ def test_tables_are_what_the_result_files_say() -> None:
         assert page == tables.filled(page), "run `make tables`"
         shown += re.findall(r"<!-- table (\w+) -->", page)
     assert set(shown) == {*tables.TABLES, *tables.GPU_TABLES}
+
+
+def test_experiments_take_minutes() -> None:
+    results = ROOT / "benchmarks/results"
+    headers = [json.loads(path.open().readline()) for path in (results / "experiments").glob("*.jsonl")]
+    quick = [json.loads(line) for line in (results / "experiments_quick.jsonl").read_text().splitlines()]
+    for found, limit in ((headers, 15 * 60), (quick, 2 * 60)):
+        assert {header["experiment"] for header in found} == set(EXPERIMENTS)
+        assert all(header["workers"] == 2 and header["seconds"] < limit for header in found)
+    assert all(header["quick"] for header in quick)
 
 
 def test_every_public_operator_is_described_tested_and_timed() -> None:

@@ -20,7 +20,7 @@ from srpo.experiments.arms import Arm, trained
 from srpo.experiments.experiment import Conclusion, Experiment, Row, Setting, measured
 from srpo.experiments.looks import gained, last, surely
 from srpo.experiments.recovery import ALIGNED, PREDICTION, STEPS
-from srpo.experiments.witness import judge
+from srpo.experiments.witness import compared_digits, judge
 from srpo.images import panels
 from srpo.objective import Branch, SRPOConfig, branches, draw_timestep, srpo_loss
 from srpo.randomness import generator
@@ -75,7 +75,7 @@ class DDPM(Experiment):
                 first = first or found
                 strip.setdefault(_arm(name, word) if update else "before", images[:_SHOWN])
                 row = {"arm": _arm(name, word), "seed": seed, "update": update}
-                yield row | found | _compared(found, first, word)
+                yield row | found | compared_digits(found, first, "stroke", 1 if word == WORDS[0] else -1)
             say(f"{_arm(name, word)}, seed {seed}: {recipe.updates} updates")
         panels(list(strip.items()), 10, stacked=True).save(out / f"{self.name}.png")
         yield from trained(
@@ -189,12 +189,6 @@ def _recovered(model: EpsilonModel, seed: int) -> Iterator[Row]:
 def _look(model: EpsilonModel, seed: int) -> tuple[dict[str, float], Tensor]:
     images, labels = model.pictures(_IMAGES, seed=seed)
     return judge().measure(images, labels), images
-
-
-def _compared(found: dict[str, float], first: dict[str, float], word: str) -> Row:
-    """As `srpo.experiments.witness` compares."""
-    moved = (found["stroke"] - first["stroke"]) * (1 if word == WORDS[0] else -1)
-    return {"moved": moved, "kept": found["accuracy"], "diverse": found["diversity"] / first["diversity"]}
 
 
 def _arm(model: str, word: str) -> str:

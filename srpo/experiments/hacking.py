@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 
 from srpo.config import load_config
 from srpo.experiments.algorithms import algorithm_arm
 from srpo.experiments.arms import Arm, shown, trained
 from srpo.experiments.experiment import Conclusion, Experiment, Row, Setting, measured
-from srpo.experiments.looks import curve_figure, last, surely
+from srpo.experiments.looks import crossing, curve_figure, last, surely
 from srpo.images import panels
 from srpo.monitors import MONITORS, harm_of
 from srpo.monitors.config import ValidationConfig
@@ -23,7 +23,7 @@ __all__ = ["Hacking"]
 RATES = {"srpo": 2.0, "direct_align": 2.0, "refl": 2.0, "draft": 2.0, "dancegrpo": 4.0}
 SRPO, *OTHERS = RATES
 LENGTH = 10  # in the recipe: updates times learning rate
-#: Images are broken that lost more than a tenth of what they show of their prompt, or a fifth of their diversity.
+#: Images are broken that lost a tenth of what they show of their prompt, or a fifth of their diversity.
 LOSSES = {"kept": 0.1, "diverse": 0.2}
 WARNINGS = ValidationConfig().warnings()
 _IMAGES = 50
@@ -95,24 +95,16 @@ def _limits(rows: Sequence[Row]) -> list[str]:
     return [*LOSSES, *(name for name in rows[0] if name.partition("@")[0] in WARNINGS)]
 
 
-def _harm(name: str, row: Row, first: Row) -> float:
-    """Change for the worse, in the limit's."""
+def _past(name: str, first: Row, row: Row) -> float:
+    """How far beyond a limit the change for the worse is; in the limit's."""
     if name in LOSSES:
-        return (first[name] - row[name]) / (LOSSES[name] * first[name])
-    return harm_of(name, row[name] - first[name]) / WARNINGS[name.partition("@")[0]].width(first[name])
+        return (first[name] - row[name]) / (LOSSES[name] * first[name]) - 1
+    return harm_of(name, row[name] - first[name]) / WARNINGS[name.partition("@")[0]].width(first[name]) - 1
 
 
 def _where(rows: Sequence[Row], arm: str, name: str, key: str) -> list[float]:
-    """The value of `key` where each seed first passes a limit, on the line between two looks; infinite: it never is."""
-    found = []
-    for looks in _seeds(rows, arm):
-        passed = (
-            before[key] + (1 - low) / (high - low) * (after[key] - before[key])
-            for before, after in pairwise(looks)
-            if (low := _harm(name, before, looks[0])) <= 1 < (high := _harm(name, after, looks[0]))
-        )
-        found.append(next(passed, math.inf))
-    return found
+    """The value of `key` where each seed first gets to a limit; infinite: it never does."""
+    return [crossing(looks, key, partial(_past, name, looks[0])) for looks in _seeds(rows, arm)]
 
 
 def _breaks(rows: Sequence[Row], arm: str, key: str) -> list[float]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean
 
 from srpo import page
 from srpo.experiments.experiment import Row, interval, measured
 
-__all__ = ["cost_to_reach", "curve_figure", "ends_table", "gained", "last", "surely"]
+__all__ = ["cost_to_reach", "crossing", "curve_figure", "ends_table", "gained", "last", "surely"]
 
 
 def last(rows: Sequence[Row], arm: str, key: str) -> list[float]:
@@ -26,18 +26,21 @@ def gained(rows: Sequence[Row], arm: str, key: str) -> list[float]:
 
 
 def cost_to_reach(rows: Sequence[Row], arm: str, target: float, cost: str = "forwards") -> list[float]:
-    """What it cost each seed until `moved` was `target`, on the line between two looks; infinite if it never was."""
+    """What it cost each seed until `moved` was `target`; infinite if it never was."""
     found = []
     for seed in sorted({row["seed"] for row in rows if row["arm"] == arm}):
         looks = [row for row in rows if row["arm"] == arm and row["seed"] == seed and "moved" in row]
-        reached = (
-            before[cost]
-            + (target - before["moved"]) / (after["moved"] - before["moved"]) * (after[cost] - before[cost])
-            for before, after in pairwise(looks)
-            if before["moved"] < target <= after["moved"]
-        )
-        found.append(next(reached, math.inf))
+        found.append(crossing(looks, cost, lambda look: look["moved"] - target))
     return found
+
+
+def crossing(looks: Sequence[Row], key: str, height: Callable[[Row], float]) -> float:
+    """The value of `key` where `height` first gets up to 0, on the line between two looks; infinite: it never does."""
+    for before, after in pairwise(looks):
+        low, high = height(before), height(after)
+        if low < 0 <= high:
+            return before[key] - low / (high - low) * (after[key] - before[key])
+    return math.inf
 
 
 def surely(values: Sequence[float]) -> int:

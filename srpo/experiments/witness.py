@@ -23,7 +23,7 @@ from srpo.tiny.digits import NAMES, caption
 from srpo.tiny.judge import Judge
 from srpo.trainer import Trainer
 
-__all__ = ["DigitWitness", "MonitorWitness", "Witness", "judge", "witness"]
+__all__ = ["DigitWitness", "MonitorWitness", "Witness", "compared_digits", "judge", "witness"]
 
 _DRIFTED = 4
 
@@ -32,6 +32,15 @@ _DRIFTED = 4
 def judge() -> Judge:
     """The judge of digits, made once a process."""
     return Judge.load()
+
+
+def compared_digits(found: dict[str, float], first: dict[str, float], attribute: str, sign: int) -> dict[str, float]:
+    """moved, kept and diverse of what the judge measured now and at first; `sign` says which way `attribute` moves."""
+    return {
+        "moved": sign * (found[attribute] - first[attribute]),
+        "kept": found["accuracy"],
+        "diverse": found["diversity"] / first["diversity"],
+    }
 
 
 class Witness(ABC):
@@ -122,8 +131,7 @@ class DigitWitness(Witness):
         return found | {name: fmean(of.values()) for name, of in moved.measured.items() if name.startswith("drift")}
 
     def _compared(self, found: dict[str, float], first: dict[str, float]) -> dict[str, float]:
-        moved = self._sign * (found[self._attribute] - first[self._attribute])
-        return {"moved": moved, "kept": found["accuracy"], "diverse": found["diversity"] / first["diversity"]}
+        return compared_digits(found, first, self._attribute, self._sign)
 
 
 class MonitorWitness(Witness):
