@@ -401,14 +401,15 @@ def test_only_planned_gradients_are_located():
 def test_the_same_objects():
     same = module(torch.device("cpu")).same
     one, other, value, note = (torch.zeros(2) for _ in range(4))
-    objects, parameters, state = [one, other, one, value, note, other], [one, other], {one: {"a": value, "b": note}}
+    objects, lists, state = [one, other, one, value, note, other], [[one], [], [other]], {one: {"a": value, "b": note}}
     state[other] = {}
-    assert same(objects, parameters, state)
+    assert same(objects, lists, state)
     for differing in (objects[:-1], [*objects, one], [*objects[:3], value.clone(), *objects[4:]], objects[::-1]):
-        assert not same(differing, parameters, state)
-    assert not same(objects, parameters[::-1], state)
-    assert not same(objects, parameters, {other: {}, one: state[one]})
-    assert not same(objects, parameters, {**state, other: [one]})
+        assert not same(differing, lists, state)
+    assert not same(objects, lists[::-1], state)
+    assert not same(objects, [one, other], state), "tensors are in lists"
+    assert not same(objects, lists, {other: {}, one: state[one]})
+    assert not same(objects, lists, {**state, other: [one]})
 
 
 @built
