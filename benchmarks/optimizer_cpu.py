@@ -207,6 +207,8 @@ def main() -> None:
     options = parser.parse_args()
     if not available("cpu"):
         raise SystemExit("srpo_kernels._C is not built: python setup.py build_ext --inplace")
+    if options.append is not None:
+        options.append.open("a").close()  # or nothing is measured
     if options.host:
         found: dict[str, Any] = {"host": measured_host()}
     else:
